@@ -1,0 +1,114 @@
+"""Compressors: from the encoder's patch grid to fewer visual tokens.
+
+Shape suffixes: N images (every view counts as one), H W patches, h w windows, K patches in a window, E encoder width,
+M tokens, F output width.
+
+A new compressor is a class with `uses_window`, `out_features` and `forward(features_NHWE) -> tokens_NMF`, and an
+entry in `COMPRESSORS`.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def split_windows(features_NHWE: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
+    """Cut a grid in windows, padding it at the bottom and right where the window does not divide it.
+
+    Returns:
+        windows_NMKE, row-major over windows and inside each, and keep_MK: False where a patch is padding (None when
+        there is none).
+    """
+    images, height, width, channels = features_NHWE.shape
+    pad_height, pad_width = -height % window, -width % window
+    keep_MK = None
+    if pad_height or pad_width:
+        keep_1HW1 = torch.ones(1, height, width, 1, dtype=torch.bool, device=features_NHWE.device)
+        features_NHWE = functional.pad(features_NHWE, (0, 0, 0, pad_width, 0, pad_height))
+        keep_1HW1 = functional.pad(keep_1HW1, (0, 0, 0, pad_width, 0, pad_height))
+        keep_MK = split_windows(keep_1HW1, window)[0][0, :, :, 0]
+    rows, columns = (height + pad_height) // window, (width + pad_width) // window
+    grid_NhKwKE = features_NHWE.reshape(images, rows, window, columns, window, channels)
+    windows_NMKE = grid_NhKwKE.transpose(2, 3).reshape(images, rows * columns, window * window, channels)
+    return windows_NMKE, keep_MK
+
+
+class SpatialAttentionPooling(nn.Module):
+    """SAP (paper section 3.2): a learned softmax over the patches of each window weighs their average."""
+
+    uses_window: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.window = window
+        self.out_features = hidden_size
+        self.score = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_size, 1)
+        )
+
+    def weights(self, windows_NMKE: Tensor, keep_MK: Tensor | None) -> Tensor:
+        """Weight of each patch in its window: weights_NMK, rows sum to 1."""
+        scores_NMK = self.score(windows_NMKE).squeeze(-1)
+        if keep_MK is not None:
+            scores_NMK = scores_NMK.masked_fill(~keep_MK, torch.finfo(scores_NMK.dtype).min)
+        return scores_NMK.softmax(dim=-1, dtype=torch.float32).to(windows_NMKE.dtype)
+
+    def forward(self, features_NHWE: Tensor) -> Tensor:
+        windows_NMKE, keep_MK = split_windows(features_NHWE, self.window)
+        weights_NMK = self.weights(windows_NMKE, keep_MK)
+        return (weights_NMK.unsqueeze(-2) @ windows_NMKE).squeeze(-2)
+
+
+class AveragePooling(nn.Module):
+    """Plain mean over each window."""
+
+    uses_window: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.window = window
+        self.out_features = hidden_size
+
+    def forward(self, features_NHWE: Tensor) -> Tensor:
+        windows_NMKE, keep_MK = split_windows(features_NHWE, self.window)
+        if keep_MK is None:
+            return windows_NMKE.mean(dim=2)
+        weights_MK = keep_MK / keep_MK.sum(dim=1, keepdim=True)
+        return torch.einsum("mk,nmke->nme", weights_MK.to(windows_NMKE.dtype), windows_NMKE)
+
+
+class PixelUnshuffle(nn.Module):
+    """Concatenate the channels of each window; padding counts as zeros."""
+
+    uses_window: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.window = window
+        self.out_features = hidden_size * window * window
+
+    def forward(self, features_NHWE: Tensor) -> Tensor:
+        return split_windows(features_NHWE, self.window)[0].flatten(2)
+
+
+class NoCompression(nn.Module):
+    """Every patch becomes a visual token."""
+
+    uses_window: ClassVar[bool] = False
+
+    def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.out_features = hidden_size
+
+    def forward(self, features_NHWE: Tensor) -> Tensor:
+        return features_NHWE.flatten(1, 2)
+
+
+COMPRESSORS: dict[str, type[nn.Module]] = {
+    "spatial_attention": SpatialAttentionPooling,
+    "average": AveragePooling,
+    "pixel_unshuffle": PixelUnshuffle,
+    "none": NoCompression,
+}

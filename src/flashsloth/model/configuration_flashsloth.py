@@ -1,0 +1,208 @@
+"""Configuration of FlashSloth: any vision encoder, any causal language model, compression between them."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .backbones import image_size_of, num_kept_layers, patch_grid
+from .compressors import COMPRESSORS
+
+# keys that transformers itself writes into, or reads from, any config.json beside the declared fields
+_TRANSFORMERS_KEYS = frozenset({
+    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal",
+    "_name_or_path", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type",
+    "name_or_path", "num_labels", "output_attentions", "quantization_config", "torch_dtype", "use_cache",
+})  # fmt: skip
+
+
+# backbones of the published 3.2B model: SigLIP so400m at 384 pixels, Phi-2
+_DEFAULT_VISION = {
+    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+}  # fmt: skip
+_DEFAULT_TEXT = {
+    "model_type": "phi", "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "partial_rotary_factor": 0.4,
+}  # fmt: skip
+
+
+def _resolve_sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    value = dict(default if value is None else value)
+    model_type = value.pop("model_type", default["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name}.model_type is {model_type!r}, which transformers does not know; use the model_type of a Hugging "
+            "Face model."
+        )
+    return CONFIG_MAPPING[model_type](**value)
+
+
+@strict
+class FlashSlothConfig(PreTrainedConfig):
+    """Sizes and wiring of a FlashSloth model.
+
+    Args:
+        vision_config: configuration of the vision encoder (any ViT known to `AutoModel`); default SigLIP so400m.
+        text_config: configuration of the causal language model (any known to `AutoModelForCausalLM`); default Phi-2.
+        image_token_id: token id whose embedding is replaced by a visual token.
+        query_token_id: token id whose embedding is replaced by a learned query token.
+        vision_feature_layer: hidden state of the encoder that is used, numbered as in `hidden_states` (0 is the patch
+            embedding, -1 the last layer, -2 the layer before it). Layers beyond it are not built.
+        vision_final_norm: apply the encoder's final norm to the features; only with the last layer.
+        compressor: name in `compressors.COMPRESSORS`.
+        compressor_window: side of the pooling window in patches (paper section 3.2: 3).
+        compressor_dropout: dropout inside the score network of spatial attention pooling.
+        compressor_padding: what to do with a patch grid that the window does not divide: `refuse` or `pad`.
+        projector_hidden_act: activation between the two linear layers of the projector.
+        num_query_tokens: learned query tokens per user turn; 0 switches them and the embedded query module off.
+        embedded_query_layer: index of the decoder layer before which the embedded query module runs.
+        embedded_query_hidden_size: its inner width; default half of the encoder's width.
+        embedded_query_num_heads: its attention heads.
+        embedded_query_uses_question: let the queries read the question before they read the image.
+        view_grid: `[rows, columns]` of high-resolution tiles that are seen beside the whole image (HD: `[2, 2]`);
+            None sees the whole image only.
+        tie_word_embeddings: follows `text_config`.
+
+    Raises:
+        ValueError: an unknown key, or sizes that do not fit each other; the message names the fields.
+    """
+
+    model_type = "flashsloth"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    query_token_id: int | None = None
+    vision_feature_layer: int = -2
+    vision_final_norm: bool = False
+    compressor: str = "spatial_attention"
+    compressor_window: int = 3
+    compressor_dropout: float = 0.1
+    compressor_padding: Literal["refuse", "pad"] = "refuse"
+    projector_hidden_act: str = "gelu"
+    num_query_tokens: int = 9
+    embedded_query_layer: int = 7
+    embedded_query_hidden_size: int | None = None
+    embedded_query_num_heads: int = 32
+    embedded_query_uses_question: bool = True
+    view_grid: list[int] | tuple[int, ...] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        known = _TRANSFORMERS_KEYS.union(self.__dataclass_fields__)
+        for key in sorted(kwargs.keys() - known):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown key {key!r} in the FlashSloth configuration{hint}")
+        self.vision_config = _resolve_sub_config("vision_config", self.vision_config, _DEFAULT_VISION)
+        self.text_config = _resolve_sub_config("text_config", self.text_config, _DEFAULT_TEXT)
+        if self.embedded_query_hidden_size is None:
+            self.embedded_query_hidden_size = self.vision_config.hidden_size // 2
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        super().__post_init__(**kwargs)
+        self._validate_sizes()
+
+    def _validate_sizes(self) -> None:
+        if self.compressor not in COMPRESSORS:
+            raise ValueError(f"compressor is {self.compressor!r}; known are {', '.join(COMPRESSORS)}.")
+        if self.compressor_window < 1:
+            raise ValueError(f"compressor_window is {self.compressor_window}; it must be at least 1.")
+        if self.view_grid is not None and (len(self.view_grid) != 2 or min(self.view_grid) < 1):
+            raise ValueError(f"view_grid is {self.view_grid}; give [rows, columns], both at least 1, or null.")
+        depth = self.vision_config.num_hidden_layers
+        kept = num_kept_layers(self.vision_config, self.vision_feature_layer)
+        if not 0 <= kept <= depth:
+            raise ValueError(
+                f"vision_feature_layer {self.vision_feature_layer} is outside the {depth} layers of vision_config."
+            )
+        if self.vision_final_norm and kept != depth:
+            raise ValueError("vision_final_norm needs the last layer: set vision_feature_layer to -1.")
+        rows, columns = self.grid_height, self.grid_width
+        window = self.effective_window
+        if self.compressor_padding == "refuse" and (rows % window or columns % window):
+            raise ValueError(
+                f"compressor_window {window} does not divide the {rows} x {columns} patch grid of vision_config; choose "
+                'another window or image size, or set compressor_padding to "pad".'
+            )
+        if self.num_query_tokens < 0:
+            raise ValueError(f"num_query_tokens is {self.num_query_tokens}; it must be 0 (off) or more.")
+        if self.num_query_tokens:
+            self._validate_embedded_query()
+        vocabulary = self.text_config.vocab_size
+        for name in ("image_token_id", "query_token_id"):
+            token_id = getattr(self, name)
+            if token_id is not None and not 0 <= token_id < vocabulary:
+                raise ValueError(f"{name} is {token_id}, outside the vocabulary of text_config ({vocabulary}).")
+        if self.image_token_id is not None and self.image_token_id == self.query_token_id:
+            raise ValueError(f"image_token_id and query_token_id are both {self.image_token_id}; they must differ.")
+
+    def _validate_embedded_query(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        if not 0 <= self.embedded_query_layer < layers:
+            raise ValueError(
+                f"embedded_query_layer is {self.embedded_query_layer}, but text_config has {layers} layers; give an "
+                f"index from 0 to {layers - 1}, or set num_query_tokens to 0."
+            )
+        heads = self.embedded_query_num_heads
+        widths = {
+            "embedded_query_hidden_size": self.embedded_query_hidden_size,
+            "vision_config.hidden_size": self.vision_config.hidden_size,
+        }
+        for name, width in widths.items():
+            if heads < 1 or width % heads:
+                raise ValueError(f"{name} ({width}) is not a multiple of embedded_query_num_heads ({heads}).")
+
+    @property
+    def image_height(self) -> int:
+        """Height in pixels of one view."""
+        return image_size_of(self.vision_config)[0]
+
+    @property
+    def image_width(self) -> int:
+        """Width in pixels of one view."""
+        return image_size_of(self.vision_config)[1]
+
+    @property
+    def grid_height(self) -> int:
+        """Rows of patches in one view."""
+        return patch_grid(self.vision_config)[0]
+
+    @property
+    def grid_width(self) -> int:
+        """Columns of patches in one view."""
+        return patch_grid(self.vision_config)[1]
+
+    @property
+    def effective_window(self) -> int:
+        """Window of the compressor; 1 for a compressor that keeps every patch."""
+        return self.compressor_window if COMPRESSORS[self.compressor].uses_window else 1
+
+    @property
+    def num_views(self) -> int:
+        """Views of one image: the whole, and the tiles of `view_grid`."""
+        return 1 if self.view_grid is None else 1 + self.view_grid[0] * self.view_grid[1]
+
+    @property
+    def num_patches_per_view(self) -> int:
+        """Un-pooled encoder tokens of one view."""
+        return self.grid_height * self.grid_width
+
+    @property
+    def num_tokens_per_view(self) -> int:
+        """Visual tokens of one view after compression."""
+        window = self.effective_window
+        return -(-self.grid_height // window) * -(-self.grid_width // window)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Visual tokens of one image, all views."""
+        return self.num_views * self.num_tokens_per_view
+
+
+__all__ = ["FlashSlothConfig"]

@@ -1,0 +1,153 @@
+"""Embedded query module (EmbQ, paper section 3.3): learned queries fetch from the image what the question needs.
+
+Shape suffixes: B rows, T tokens, D width of the language model, G query groups of a row (one per user turn),
+Q queries of a group, I images of the batch, K images of a row, M un-pooled patches of an image, E width of the
+encoder, S inner width, H heads.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+INPUTS_KEYWORD = "embedded_query_inputs"
+
+
+class EmbeddedQueryInputs(NamedTuple):
+    """What the module needs beside the hidden states; made once per forward pass.
+
+    Attributes:
+        features_IME: un-pooled encoder features of all images of the batch.
+        image_index_BK: which image of the batch is the row's k-th.
+        image_mask_BGK: True where the group may see the image (it precedes the group).
+        question_mask_BGT: True on the tokens of the group's question.
+        query_index_BGQ: positions of the group's queries in the sequence.
+    """
+
+    features_IME: Tensor
+    image_index_BK: Tensor
+    image_mask_BGK: Tensor
+    question_mask_BGT: Tensor
+    query_index_BGQ: Tensor
+
+
+class QueryTokens(nn.Module):
+    """The learned query tokens, the same for every turn."""
+
+    def __init__(self, num_queries: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_queries, hidden_size))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class MaskedCrossAttention(nn.Module):
+    """Multi-head attention without output projection, softmax in float32; keys and values may differ in width."""
+
+    def __init__(self, key_size: int, value_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(key_size, key_size)
+        self.key = nn.Linear(key_size, key_size)
+        self.value = nn.Linear(value_size, value_size)
+
+    def split_heads(self, states: Tensor) -> Tensor:
+        """(..., L, width) -> (..., H, L, width / H)."""
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+
+    def attend(self, queries_BGQS: Tensor, keys_BHLs: Tensor, values_BHLe: Tensor, mask_BGL: Tensor) -> Tensor:
+        """Let each group of queries read the L positions its mask allows; returns (B, G, Q, width of values)."""
+        rows, groups, queries, _ = queries_BGQS.shape
+        queries_BHLs = self.split_heads(self.query(queries_BGQS).flatten(1, 2))
+        scores_BHLL = queries_BHLs @ keys_BHLs.transpose(-1, -2) * keys_BHLs.shape[-1] ** -0.5
+        mask_B1LL = mask_BGL.repeat_interleave(queries, dim=1).unsqueeze(1)
+        # the lowest finite number, not -inf: a group that may see nothing stays finite and is dropped by the caller
+        scores_BHLL = scores_BHLL.masked_fill(~mask_B1LL, torch.finfo(scores_BHLL.dtype).min)
+        weights_BHLL = scores_BHLL.softmax(dim=-1, dtype=torch.float32).to(values_BHLe.dtype)
+        return (weights_BHLL @ values_BHLe).transpose(1, 2).reshape(rows, groups, queries, -1)
+
+
+class EmbeddedQuery(nn.Module):
+    """Text-to-query attention, then image-to-query attention, added to the hidden states of the queries.
+
+    Args:
+        text_hidden_size: D. vision_hidden_size: E. hidden_size: S, inner width. num_heads: heads of both attentions.
+        uses_question: run the text-to-query attention.
+    """
+
+    def __init__(
+        self, text_hidden_size: int, vision_hidden_size: int, hidden_size: int, num_heads: int, uses_question: bool
+    ) -> None:
+        super().__init__()
+        self.down_projection_text = nn.Linear(text_hidden_size, hidden_size)  # shared by queries and question
+        self.down_projection_image = nn.Linear(vision_hidden_size, hidden_size)
+        self.norm_query = nn.LayerNorm(hidden_size)
+        if uses_question:
+            self.norm_text = nn.LayerNorm(hidden_size)
+            self.text_attention = MaskedCrossAttention(hidden_size, hidden_size, num_heads)
+        else:
+            self.norm_text = self.text_attention = None
+        self.norm_image = nn.LayerNorm(hidden_size)
+        self.image_attention = MaskedCrossAttention(hidden_size, vision_hidden_size, num_heads)
+        self.up_projection = nn.Linear(vision_hidden_size, text_hidden_size)
+
+    def forward(self, hidden_BTD: Tensor, inputs: EmbeddedQueryInputs) -> Tensor:
+        """Hidden states with the queries updated, as a new tensor; every other position is returned unchanged."""
+        rows, groups, queries = inputs.query_index_BGQ.shape
+        index_BL = inputs.query_index_BGQ.flatten(1)
+        index_BLD = index_BL.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+
+        text_BTS = self.down_projection_text(hidden_BTD)
+        queries_BLS = text_BTS.gather(1, index_BL.unsqueeze(-1).expand(-1, -1, text_BTS.shape[-1]))
+        queries_BGQS = self.norm_query(queries_BLS).unflatten(1, (groups, queries))
+        if self.text_attention is not None:
+            attention = self.text_attention
+            text_BTS = self.norm_text(text_BTS)
+            keys_BHTs = attention.split_heads(attention.key(text_BTS))
+            values_BHTs = attention.split_heads(attention.value(text_BTS))
+            queries_BGQS = attention.attend(queries_BGQS, keys_BHTs, values_BHTs, inputs.question_mask_BGT)
+
+        attention = self.image_attention
+        features_IME = inputs.features_IME.to(hidden_BTD.device, hidden_BTD.dtype)
+        image_IMS = self.norm_image(self.down_projection_image(features_IME))
+        keys_BLS = self._per_row(attention.key(image_IMS), inputs.image_index_BK)
+        values_BLE = self._per_row(attention.value(features_IME), inputs.image_index_BK)
+        mask_BGL = inputs.image_mask_BGK.repeat_interleave(features_IME.shape[1], dim=-1)
+        update_BGQE = attention.attend(
+            queries_BGQS, attention.split_heads(keys_BLS), attention.split_heads(values_BLE), mask_BGL
+        )
+        update_BGQD = self.up_projection(update_BGQE)
+        # groups without an image keep their hidden states; so do the paddings of rows with fewer groups
+        sees_image_BG11 = inputs.image_mask_BGK.any(dim=-1)[..., None, None]
+        update_BLD = torch.where(sees_image_BG11, update_BGQD, 0.0).flatten(1, 2).to(hidden_BTD.dtype)
+        return hidden_BTD.scatter_add(1, index_BLD, update_BLD)
+
+    @staticmethod
+    def _per_row(states_IMX: Tensor, image_index_BK: Tensor) -> Tensor:
+        """Lay the images of each row side by side: (B, K * M, X)."""
+        rows, per_row = image_index_BK.shape
+        if states_IMX.shape[0] != rows * per_row:  # otherwise every row has exactly K images, already in order
+            states_IMX = states_IMX[image_index_BK.flatten()]
+        return states_IMX.reshape(rows, per_row * states_IMX.shape[1], -1)
+
+
+class LayerInsertion:
+    """Forward pre-hook of a decoder layer: runs the owner's embedded query module on the layer's input.
+
+    The inputs travel as a keyword argument through the language model, so that recomputation under gradient
+    checkpointing sees them again; every layer drops them, one layer uses them. Hooks leave parameter names alone.
+    """
+
+    def __init__(self, owner: nn.Module, active: bool) -> None:
+        self.owner = owner  # looked up at call time, so that adapters may replace the module
+        self.active = active
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = kwargs.pop(INPUTS_KEYWORD, None)
+        if inputs is not None and self.active:
+            if args:
+                args = (self.owner.embedded_query(args[0], inputs), *args[1:])
+            else:
+                kwargs["hidden_states"] = self.owner.embedded_query(kwargs["hidden_states"], inputs)
+        return args, kwargs
