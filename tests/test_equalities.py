@@ -233,7 +233,7 @@ def test_copy_has_its_own_embedded_query():
 def test_every_compressor_generates_with_every_window(compressor, window, padding):
     model = tiny_model("qwen3", compressor=compressor, compressor_window=window, compressor_padding=padding)
     batch = build_rows(model.config, ROWS)
-    expected = 36 if compressor == "none" else -(-6 // window) ** 2
+    expected = 36 if compressor == "none" else (-(-6 // window)) ** 2
     assert model.config.num_image_tokens == expected
     assert model.get_image_features(batch["pixel_values"]).pooler_output.shape[1] == expected
     assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2

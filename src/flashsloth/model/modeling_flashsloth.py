@@ -311,6 +311,9 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
         self.post_init()
+        placeholders = [id for id in (config.image_token_id, config.query_token_id) if id is not None]
+        if placeholders:  # an answer must never contain them: the next turn would take them for an image
+            self.generation_config.suppress_tokens = placeholders
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
