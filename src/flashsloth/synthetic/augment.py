@@ -1,0 +1,69 @@
+"""Seeded changes that make a drawn image look photographed, scanned or compressed."""
+
+import io
+import random
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+
+BANK_SIZE = 512
+AUGMENTED_SHARE = 0.6
+
+
+@lru_cache(maxsize=1)
+def _noise_bank() -> np.ndarray:
+    """(BANK_SIZE, BANK_SIZE, 3) float32 standard normal; crops of it replace a fresh draw, which is ten times slower."""
+    return np.random.default_rng(0).standard_normal((BANK_SIZE, BANK_SIZE, 3), dtype=np.float32)
+
+
+def add_noise(image: Image.Image, rng: random.Random, strength: float) -> Image.Image:
+    """Adds Gaussian noise with a standard deviation of `strength` grey levels."""
+    width, height = image.size
+    repeats = (-(-height // BANK_SIZE) + 1, -(-width // BANK_SIZE) + 1, 1)
+    bank = _noise_bank() if max(width, height) < BANK_SIZE else np.tile(_noise_bank(), repeats)
+    top, left = rng.randrange(bank.shape[0] - height), rng.randrange(bank.shape[1] - width)
+    noisy = np.asarray(image) + strength * bank[top : top + height, left : left + width]
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def compress(image: Image.Image, quality: int) -> Image.Image:
+    """JPEG and back."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
+def shade(image: Image.Image, rng: random.Random, depth: float) -> Image.Image:
+    """Darkens linearly towards one side, by at most `depth`."""
+    corners = [round(255 * (1 - depth * rng.random())) for _ in range(4)]
+    mask = Image.new("L", (2, 2))
+    mask.putdata(corners)
+    mask = mask.resize(image.size, Image.Resampling.BILINEAR)
+    return ImageChops.multiply(image, Image.merge("RGB", (mask, mask, mask)))
+
+
+def change_levels(image: Image.Image, contrast: float, brightness: float) -> Image.Image:
+    """Scales around mid grey and shifts by `brightness` grey levels."""
+    table = [min(255, max(0, round((level - 128) * contrast + 128 + brightness))) for level in range(256)]
+    return image.point(table * 3)
+
+
+def augment(image: Image.Image, rng: random.Random, background: tuple[int, int, int]) -> Image.Image:
+    """Rotation up to 4 degrees, levels, shading, blur, noise and JPEG, each moderate and each only sometimes."""
+    if rng.random() >= AUGMENTED_SHARE:
+        return image
+    if rng.random() < 0.4:
+        image = image.rotate(rng.uniform(-4, 4), Image.Resampling.BILINEAR, fillcolor=background)
+    if rng.random() < 0.4:
+        image = change_levels(image, rng.uniform(0.75, 1.15), rng.uniform(-20, 20))
+    if rng.random() < 0.25:
+        image = shade(image, rng, 0.35)
+    if rng.random() < 0.3:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9) * image.width / 144))
+    if rng.random() < 0.4:
+        image = add_noise(image, rng, rng.uniform(2, 10))
+    if rng.random() < 0.35:
+        image = compress(image, rng.randint(50, 95))
+    return image

@@ -1,0 +1,137 @@
+"""`render` one image of a family, or a `SyntheticDataset` of many as chat messages."""
+
+import random
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .charts import CHART_TASKS, render_chart
+from .photos import PHOTO_TASKS, Photographs, render_photo
+from .sample import REFERENCE_SIZE, Sample, make_generator, split_id
+from .scenes import SCENE_TASKS, render_scene
+from .texts import TEXT_TASKS, render_text
+
+FAMILIES: dict[str, Callable[..., Sample]] = {
+    "scenes": render_scene,
+    "charts": render_chart,
+    "text": render_text,
+    "photos": render_photo,
+}
+FAMILY_IDS = {"scenes": 0, "charts": 1, "text": 2, "photos": 3}
+TASKS: dict[str, tuple[str, ...]] = {
+    "scenes": SCENE_TASKS,
+    "charts": CHART_TASKS,
+    "text": TEXT_TASKS,
+    "photos": PHOTO_TASKS,
+}
+
+
+@lru_cache(maxsize=1)
+def _default_photographs() -> Photographs:
+    return Photographs()
+
+
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"Image family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
+
+
+def render(
+    family: str,
+    seed: int,
+    split: str,
+    *,
+    image_size: int = REFERENCE_SIZE,
+    turns: int = 6,
+    photos: Photographs | None = None,
+) -> Sample:
+    """Draws one image with its caption and questions; the same arguments always give the same result.
+
+    Args:
+        family: a key of FAMILIES.
+        seed: a non-negative integer; equal seeds of different splits or families have nothing in common.
+        split: `train` or `test`. Held-out words, titles and colour-shape pairs, and CIFAR-10's test photographs,
+            occur in `test` only.
+        image_size: width and height in pixels.
+        turns: how many different questions to ask; fewer where the image does not allow as many.
+        photos: the photographs of the `photos` family; default `Photographs()`.
+    """
+    _check_family(family)
+    if image_size < 32 or turns < 1 or seed < 0:
+        raise ValueError(f"image_size {image_size}, turns {turns}, seed {seed}: need at least 32, 1 and 0.")
+    rng = make_generator(split, FAMILY_IDS[family], seed)
+    test = split == "test"
+    if family == "photos":
+        return render_photo(rng, test, image_size, turns, photos or _default_photographs())
+    return FAMILIES[family](rng, test, image_size, turns)
+
+
+class SyntheticDataset:
+    """Map-style dataset of rendered images; item i depends on (split, seed, i) and the options alone.
+
+    Args:
+        split: `train` or `test`.
+        size: number of items.
+        seed: seed of the whole set.
+        weights: share of every family; default equal shares of all.
+        image_size: width and height in pixels.
+        turns: questions an image.
+        photos: the photographs of the `photos` family; default `Photographs()`.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        weights: Mapping[str, float] | None = None,
+        image_size: int = REFERENCE_SIZE,
+        turns: int = 6,
+        photos: Photographs | None = None,
+    ) -> None:
+        split_id(split)
+        weights = dict.fromkeys(FAMILIES, 1.0) if weights is None else dict(weights)
+        for family, weight in weights.items():
+            _check_family(family)
+            if weight < 0:
+                raise ValueError(f"weights[{family!r}] is {weight}; it must not be negative.")
+        if size < 0 or not any(weights.values()):
+            raise ValueError(f"size {size} and weights {weights}: need a size of 0 or more and a positive weight.")
+        self.split, self.size, self.seed = split, size, seed
+        self.weights = weights
+        self.image_size, self.turns = image_size, turns
+        self.photos = photos or Photographs()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def sample(self, index: int) -> Sample:
+        """The rendered sample of an index."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} of a dataset of {self.size}")
+        state = np.random.SeedSequence([split_id(self.split), self.seed, index]).generate_state(1, np.uint64)
+        # even seeds train, odd seeds test
+        seed = int(state[0]) >> 1 << 1 | split_id(self.split)
+        family = random.Random(seed).choices(list(self.weights), list(self.weights.values()))[0]
+        return render(family, seed, self.split, image_size=self.image_size, turns=self.turns, photos=self.photos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.sample(index)
+        messages: list[dict[str, Any]] = []
+        for turn in sample.turns:
+            content = [{"type": "text", "text": turn.question}]
+            if not messages:
+                content.insert(0, {"type": "image"})
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        return {
+            "images": [sample.image],
+            "messages": messages,
+            "caption": sample.caption,
+            "family": sample.family,
+            "tasks": [turn.task for turn in sample.turns],
+            "answers": [turn.answer for turn in sample.turns],
+            "held_out": sample.held_out,
+        }

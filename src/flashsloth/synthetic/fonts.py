@@ -1,0 +1,97 @@
+"""Fonts from installed Python packages, in a fixed order, sized by the height of their capitals."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import ImageDraw, ImageFont
+
+INSTALL_COMMAND = "pip install 'flashsloth[train]'"
+
+# face -> (package, file inside the package)
+FACES: dict[str, tuple[str, str]] = {
+    "roboto": ("font_roboto", "files/Roboto-Regular.ttf"),
+    "roboto-medium": ("font_roboto", "files/Roboto-Medium.ttf"),
+    "roboto-bold": ("font_roboto", "files/Roboto-Bold.ttf"),
+    "source-sans": ("font_source_sans_pro", "files/SourceSansPro-Regular.ttf"),
+    "source-sans-bold": ("font_source_sans_pro", "files/SourceSansPro-Bold.ttf"),
+    "source-serif": ("font_source_serif_pro", "files/SourceSerifPro-Regular.ttf"),
+    "source-serif-bold": ("font_source_serif_pro", "files/SourceSerifPro-Bold.ttf"),
+    "hanken-grotesk": ("font_hanken_grotesk", "files/HankenGrotesk-Regular.otf"),
+    "hanken-grotesk-bold": ("font_hanken_grotesk", "files/HankenGrotesk-Bold.otf"),
+    "caladea": ("font_caladea", "files/Caladea-Regular.ttf"),
+    "caladea-bold": ("font_caladea", "files/Caladea-Bold.ttf"),
+    "lato": ("font_lato", "files/Lato-Regular.ttf"),
+    "lato-bold": ("font_lato", "files/Lato-Bold.ttf"),
+    "fredoka-one": ("font_fredoka_one", "files/FredokaOne-Regular.ttf"),
+    "dejavu-sans": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf"),
+    "dejavu-sans-bold": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf"),
+    "dejavu-serif": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif.ttf"),
+    "dejavu-serif-bold": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif-Bold.ttf"),
+    "dejavu-mono": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono.ttf"),
+    "dejavu-mono-bold": ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono-Bold.ttf"),
+}
+FACE_NAMES = tuple(FACES)
+
+
+@lru_cache(maxsize=None)
+def font_path(face: str) -> str:
+    """The file of a face; ValueError when its package is missing."""
+    package, file = FACES[face]
+    spec = find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        path = Path(folder) / file
+        if path.is_file():
+            return str(path)
+    raise ValueError(f"Font {face!r} needs the package {package!r}; install it with {INSTALL_COMMAND}.")
+
+
+@lru_cache(maxsize=4096)
+def load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """A face at a size in points (= pixels of the em square)."""
+    # the basic layout engine is faster and the same on every machine
+    return ImageFont.truetype(font_path(face), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=None)
+def _capital_ratio(face: str) -> float:
+    left, top, right, bottom = load_font(face, 200).getbbox("H")
+    return (bottom - top) / 200
+
+
+@lru_cache(maxsize=4096)
+def font_of_height(face: str, capital_height: int) -> ImageFont.FreeTypeFont:
+    """A face whose capitals are `capital_height` pixels high."""
+    return load_font(face, max(6, round(capital_height / _capital_ratio(face))))
+
+
+@lru_cache(maxsize=65536)
+def text_width(face: str, capital_height: int, text: str) -> float:
+    """Advance width of a text in pixels."""
+    return font_of_height(face, capital_height).getlength(text)
+
+
+def fit_height(face: str, texts: tuple[str, ...], capital_height: int, width: float) -> int:
+    """The largest capital height up to `capital_height` at which every text is at most `width` pixels wide."""
+    widest = max(text_width(face, capital_height, text) for text in texts)
+    return capital_height if widest <= width else int(capital_height * width / widest)
+
+
+def draw_text(
+    draw: ImageDraw.ImageDraw,
+    position: tuple[float, float],
+    text: str,
+    face: str,
+    capital_height: int,
+    fill: tuple[int, int, int],
+    anchor: str = "mm",
+) -> None:
+    """Draws a text with its vertical middle (`m`) or baseline (`s`) at the position; horizontally `l`, `m` or `r`.
+
+    The middle is the middle of the capitals, so that lines of different letters stay level.
+    """
+    x, y = position
+    if anchor[1] == "m":
+        y += capital_height / 2
+    draw.text((x, y), text, fill, font_of_height(face, capital_height), anchor=f"{anchor[0]}s")

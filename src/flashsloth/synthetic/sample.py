@@ -1,0 +1,92 @@
+"""What every renderer returns, and the helpers they share."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
+from PIL import Image
+
+Split = Literal["train", "test"]
+SPLIT_IDS: dict[str, int] = {"train": 0, "test": 1}
+REFERENCE_SIZE = 144  # every length in the renderers is given for a canvas of this many pixels
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about an image; `answer` is lower case and at most three words."""
+
+    task: str
+    question: str
+    answer: str
+    meaning: str = field(default="", repr=False, compare=False)  # the same for all wordings of a question
+
+
+@dataclass
+class Sample:
+    """One image with its dense caption and its questions.
+
+    `held_out` tells that the image shows a combination which never occurs in the training split.
+    """
+
+    image: Image.Image
+    family: str
+    caption: str
+    turns: list[Turn] = field(default_factory=list)
+    held_out: bool = False
+
+
+TurnMaker = Callable[[random.Random], Turn | None]
+
+
+def split_id(split: str) -> int:
+    """The number of a split; ValueError for any other name."""
+    if split not in SPLIT_IDS:
+        raise ValueError(f"split is {split!r}; use one of {', '.join(SPLIT_IDS)}.")
+    return SPLIT_IDS[split]
+
+
+def make_generator(split: str, *keys: int) -> random.Random:
+    """A generator whose stream depends on the split and on every key."""
+    state = np.random.SeedSequence([split_id(split), *keys]).generate_state(2, np.uint64)
+    return random.Random(int(state[0]) << 64 | int(state[1]))
+
+
+def choose_turns(rng: random.Random, makers: Sequence[tuple[float, TurnMaker]], turns: int) -> list[Turn]:
+    """Draws up to `turns` turns of different meaning; a maker that was used becomes half as likely.
+
+    Args:
+        makers: (weight, maker) pairs; a maker returns None where its question does not apply to the image.
+    """
+    weights = [weight for weight, _ in makers]
+    chosen: dict[str, Turn] = {}
+    for _ in range(12 * turns):
+        if len(chosen) == turns or not any(weights):
+            break
+        index = rng.choices(range(len(makers)), weights)[0]
+        turn = makers[index][1](rng)
+        meaning = turn and (turn.meaning or turn.question)
+        if turn is None or meaning in chosen:
+            weights[index] *= 0.7
+            continue
+        chosen[meaning] = turn
+        weights[index] *= 0.5
+    return list(chosen.values())
+
+
+def phrase(rng: random.Random, task: str, questions: Sequence[str], answer: str) -> Turn:
+    """A turn with one of several wordings."""
+    return Turn(task, rng.choice(questions), answer, questions[0])
+
+
+def yes_no(truth: bool) -> str:
+    """`yes` or `no`."""
+    return "yes" if truth else "no"
+
+
+def with_article(noun: str) -> str:
+    """The noun with `a` or `an`."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

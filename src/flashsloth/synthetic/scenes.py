@@ -1,0 +1,308 @@
+"""Scenes of coloured shapes: existence, colour, shape, size, count, position, comparison and relation."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from .augment import augment
+from .colours import COLOURS, choose_background, jitter
+from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, with_article, yes_no
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+# (colour, shape) pairs that only the test split shows or names
+HELD_OUT_PAIRS = frozenset(
+    {
+        ("red", "star"), ("orange", "circle"), ("yellow", "cross"), ("green", "triangle"),
+        ("blue", "diamond"), ("purple", "square"), ("black", "circle"), ("white", "star"),
+    }
+)  # fmt: skip
+HELD_OUT_SHARE = 1 / 3
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
+
+COUNT_WEIGHTS = {1: 2, 2: 4, 3: 5, 4: 5, 5: 4}
+RADII = {"large": (22, 26), "small": (11, 14)}
+MARGIN = 4  # from an object to the border
+GAP = 7  # between two objects
+MIN_OFFSET = 22  # between the centres of two objects whose positions are compared
+MIDLINE_OFFSET = 14  # from a midline to the centre of an object whose half is asked
+SUPERSAMPLING = 2
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; centre and radius in pixels of the reference canvas."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+def place_name(x: float, y: float, extent: float = REFERENCE_SIZE) -> str:
+    """The ninth of the canvas in words: `top left`, `top`, ..., `center`, ..., `bottom right`."""
+    row = ("top", "", "bottom")[min(2, int(3 * y / extent))]
+    column = ("left", "", "right")[min(2, int(3 * x / extent))]
+    return f"{row} {column}".strip() or "center"
+
+
+def _polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    if shape == "square":
+        half = radius * 0.86
+        return [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
+    if shape == "triangle":
+        return [(x, y - radius), (x + radius, y + radius * 0.8), (x - radius, y + radius * 0.8)]
+    if shape == "diamond":
+        return [(x, y - radius), (x + radius * 0.72, y), (x, y + radius), (x - radius * 0.72, y)]
+    if shape == "star":
+        corners = []
+        for corner in range(10):
+            length = radius * (1.08 if corner % 2 == 0 else 0.46)
+            angle = math.pi * (corner / 5 - 0.5)
+            corners.append((x + length * math.cos(angle), y + length * math.sin(angle)))
+        return corners
+    arm, end = radius * 0.34, radius * 0.96
+    return [
+        (x - arm, y - end), (x + arm, y - end), (x + arm, y - arm), (x + end, y - arm), (x + end, y + arm), (x + arm, y + arm),
+        (x + arm, y + end), (x - arm, y + end), (x - arm, y + arm), (x - end, y + arm), (x - end, y - arm), (x - arm, y - arm),
+    ]  # fmt: skip
+
+
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, int, int]
+) -> None:
+    """Draws one filled shape around a centre, all in pixels of the target."""
+    if shape == "circle":
+        draw.ellipse((x - radius * 0.95, y - radius * 0.95, x + radius * 0.95, y + radius * 0.95), fill=fill)
+    else:
+        draw.polygon(_polygon(shape, x, y, radius), fill=fill)
+
+
+def _choose_pairs(rng: random.Random, count: int, test: bool) -> tuple[list[tuple[str, str]], bool]:
+    """(colour, shape) of every object; small pools make repeats, which counting needs."""
+    shapes = rng.sample(SHAPES, rng.randint(1, 3) if rng.random() < 0.45 else min(len(SHAPES), count + 1))
+    colours = rng.sample(list(COLOURS), rng.randint(1, 3) if rng.random() < 0.45 else min(len(COLOURS), count + 1))
+    pool = [pair for pair in TRAIN_PAIRS if pair[0] in colours and pair[1] in shapes]
+    if not pool:
+        pool = rng.sample(TRAIN_PAIRS, 3)
+    pairs = [rng.choice(pool) for _ in range(count)]
+    held_out = test and rng.random() < HELD_OUT_SHARE
+    if held_out:
+        pairs[rng.randrange(count)] = rng.choice(sorted(HELD_OUT_PAIRS))
+    if {"black", "white"} <= {colour for colour, _ in pairs}:  # no background suits both and everything else
+        pairs = [
+            (("blue" if shape != "diamond" else "red"), shape) if c == "white" else (c, shape) for c, shape in pairs
+        ]
+        held_out = any(pair in HELD_OUT_PAIRS for pair in pairs)
+    return pairs, held_out
+
+
+def _place(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> list[Thing]:
+    things: list[Thing] = []
+    large_left = {1: 1, 2: 2, 3: 2, 4: 2}.get(len(pairs), 1)
+    for colour, shape in pairs:
+        size = "large" if large_left and rng.random() < 0.5 else "small"
+        for attempt in range(60):
+            if attempt == 30:
+                size = "small"
+            radius = rng.uniform(*RADII[size])
+            low, high = radius + MARGIN, REFERENCE_SIZE - radius - MARGIN
+            x, y = rng.uniform(low, high), rng.uniform(low, high)
+            if all(math.hypot(x - other.x, y - other.y) > radius + other.radius + GAP for other in things):
+                things.append(Thing(shape, colour, size, x, y, radius))
+                large_left -= size == "large"
+                break
+    return things
+
+
+class _Questions:
+    """Question makers over one scene."""
+
+    def __init__(self, things: Sequence[Thing], test: bool) -> None:
+        self.things = things
+        self.pairs = PAIRS if test else TRAIN_PAIRS
+        self.by_shape = {shape: [thing for thing in things if thing.shape == shape] for shape in SHAPES}
+        self.by_colour = {colour: [thing for thing in things if thing.colour == colour] for colour in COLOURS}
+        self.lone_shapes = [found[0] for found in self.by_shape.values() if len(found) == 1]
+        self.lone_colours = [found[0] for found in self.by_colour.values() if len(found) == 1]
+
+    def exists(self, rng: random.Random) -> Turn:
+        present = {(thing.colour, thing.shape) for thing in self.things}
+        truth = rng.random() < 0.5
+        kind = rng.randrange(4)
+        if kind == 0:
+            noun = rng.choice([shape for shape in SHAPES if bool(self.by_shape[shape]) == truth])
+        elif kind == 1:
+            noun = f"{rng.choice([c for c in COLOURS if bool(self.by_colour[c]) == truth])} object"
+        elif truth:
+            noun = rng.choice(self.things).name
+        else:
+            absent = [pair for pair in self.pairs if pair not in present]
+            # close misses: the colour or the shape is in the picture
+            near = [p for p in absent if self.by_colour[p[0]] or self.by_shape[p[1]]]
+            noun = " ".join(rng.choice(near or absent))
+        questions = (f"is there {with_article(noun)}?", f"do you see {with_article(noun)}?")
+        return phrase(rng, "scene_exists", questions, yes_no(truth))
+
+    def colour(self, rng: random.Random) -> Turn | None:
+        if not self.lone_shapes:
+            return None
+        thing = rng.choice(self.lone_shapes)
+        questions = (f"what color is the {thing.shape}?", f"what colour is the {thing.shape}?")
+        return phrase(rng, "scene_colour", questions, thing.colour)
+
+    def shape(self, rng: random.Random) -> Turn | None:
+        if not self.lone_colours:
+            return None
+        thing = rng.choice(self.lone_colours)
+        questions = (f"what shape is the {thing.colour} object?", f"which shape is {thing.colour}?")
+        return phrase(rng, "scene_shape", questions, thing.shape)
+
+    def size(self, rng: random.Random) -> Turn | None:
+        if not self.lone_shapes:
+            return None
+        thing = rng.choice(self.lone_shapes)
+        questions = (f"is the {thing.shape} large or small?", f"what size is the {thing.shape}?")
+        return phrase(rng, "scene_size", questions, thing.size)
+
+    def count(self, rng: random.Random) -> Turn:
+        nouns: dict[int, list[str]] = {len(self.things): ["objects"]}
+        for shape, found in self.by_shape.items():
+            nouns.setdefault(len(found), []).append("crosses" if shape == "cross" else f"{shape}s")
+        for colour, found in self.by_colour.items():
+            nouns.setdefault(len(found), []).append(f"{colour} objects")
+        answers = sorted(nouns)
+        answer = rng.choices(answers, [(0.35, 0.6, 1.0, 1.5, 2.0, 2.0)[number] for number in answers])[0]
+        noun = rng.choice(nouns[answer])
+        return phrase(rng, "scene_count", (f"how many {noun} are there?", f"how many {noun}?"), str(answer))
+
+    def position(self, rng: random.Random) -> Turn | None:
+        middle = REFERENCE_SIZE / 2
+        corners = [t for t in self.lone_shapes if min(abs(t.x - middle), abs(t.y - middle)) > MIDLINE_OFFSET]
+        if not corners:
+            return None
+        thing = rng.choice(corners)
+        row, column = "top" if thing.y < middle else "bottom", "left" if thing.x < middle else "right"
+        kind = rng.randrange(4)
+        if kind == 0:
+            return Turn("scene_position", f"is the {thing.shape} on the left or on the right?", column)
+        if kind == 1:
+            return Turn("scene_position", f"is the {thing.shape} at the top or at the bottom?", row)
+        questions = (f"where is the {thing.shape}?", f"in which corner is the {thing.shape}?")
+        return phrase(rng, "scene_position", questions, f"{row} {column}")
+
+    def what_at(self, rng: random.Random) -> Turn | None:
+        middle = REFERENCE_SIZE / 2
+        corners: dict[str, list[Thing]] = {}
+        for thing in self.things:
+            rows = [name for name, sign in (("top", -1), ("bottom", 1)) if sign * (thing.y - middle) > -thing.radius]
+            columns = [
+                name for name, sign in (("left", -1), ("right", 1)) if sign * (thing.x - middle) > -thing.radius
+            ]
+            for row in rows:
+                for column in columns:
+                    corners.setdefault(f"{row} {column}", []).append(thing)
+        # only corners that hold one object, and that object wholly
+        single = {place: found[0] for place, found in corners.items() if len(found) == 1}
+        places = [
+            place
+            for place, thing in single.items()
+            if min(abs(thing.x - middle), abs(thing.y - middle)) > thing.radius * 0.8
+        ]
+        if not places:
+            return None
+        place = rng.choice(places)
+        questions = (f"what is at the {place}?", f"which object is at the {place}?")
+        return phrase(rng, "scene_what_at", questions, single[place].name)
+
+    def compare_count(self, rng: random.Random) -> Turn | None:
+        by_colour = rng.random() < 0.4
+        groups = self.by_colour if by_colour else self.by_shape
+        counts = {
+            (f"{key} objects" if by_colour else "crosses" if key == "cross" else f"{key}s"): len(found)
+            for key, found in groups.items()
+            if found
+        }
+        names = sorted(counts)
+        options = [(a, b) for a in names for b in names if counts[a] > counts[b]]
+        if not options:
+            return None
+        more, fewer = rng.choice(options)
+        truth = rng.random() < 0.5
+        first, second = (more, fewer) if truth else (fewer, more)
+        return Turn("scene_compare_count", f"are there more {first} than {second}?", yes_no(truth))
+
+    def compare_size(self, rng: random.Random) -> Turn | None:
+        large = [thing for thing in self.lone_shapes if thing.size == "large"]
+        small = [thing for thing in self.lone_shapes if thing.size == "small"]
+        if not large or not small:
+            return None
+        big, little = rng.choice(large), rng.choice(small)
+        truth = rng.random() < 0.5
+        first, second = (big, little) if truth else (little, big)
+        if rng.random() < 0.5:
+            question = f"is the {first.shape} larger than the {second.shape}?"
+            return Turn("scene_compare_size", question, yes_no(truth))
+        question = f"which is larger, the {first.shape} or the {second.shape}?"
+        return Turn("scene_compare_size", question, big.shape)
+
+    def relation(self, rng: random.Random) -> Turn | None:
+        horizontal = rng.random() < 0.5
+        low, high = ("left of", "right of") if horizontal else ("above", "below")
+        key = (lambda thing: thing.x) if horizontal else (lambda thing: thing.y)
+        things = self.lone_shapes
+        options = [(a, b) for a in things for b in things if key(b) - key(a) > MIN_OFFSET]
+        if not options:
+            return None
+        first, second = rng.choice(options)
+        word = low
+        if rng.random() < 0.5:
+            first, second, word = second, first, high
+        if rng.random() < 0.4:
+            sides = "left or right of" if horizontal else "above or below"
+            question = f"is the {first.shape} {sides} the {second.shape}?"
+            return Turn("scene_relation", question, word.removesuffix(" of"))
+        truth = rng.random() < 0.5
+        asked = word if truth else (high if word == low else low)
+        return Turn("scene_relation", f"is the {first.shape} {asked} the {second.shape}?", yes_no(truth))
+
+
+def render_scene(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
+    """Draws one to five shapes that do not touch and asks about them."""
+    count = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
+    pairs, _ = _choose_pairs(rng, count, test)
+    things = _place(rng, pairs)
+    background = choose_background(rng, {thing.colour for thing in things})
+
+    scale = image_size * SUPERSAMPLING / REFERENCE_SIZE
+    image = Image.new("RGB", (image_size * SUPERSAMPLING,) * 2, background)
+    draw = ImageDraw.Draw(image)
+    for thing in things:
+        fill = jitter(rng, COLOURS[thing.colour], 10)
+        draw_shape(draw, thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, fill)
+    image = augment(image.reduce(SUPERSAMPLING), rng, background)
+
+    ordered = sorted(things, key=lambda thing: (int(3 * thing.y / REFERENCE_SIZE), thing.x))
+    caption = ", ".join(f"{thing.size} {thing.name} {place_name(thing.x, thing.y)}" for thing in ordered)
+    ask = _Questions(things, test)
+    makers = [
+        (1.0, ask.exists), (1.2, ask.colour), (1.0, ask.shape), (0.5, ask.size), (1.3, ask.count), (1.0, ask.position),
+        (0.8, ask.what_at), (0.8, ask.compare_count), (0.8, ask.compare_size), (1.0, ask.relation),
+    ]  # fmt: skip
+    held_out = any((thing.colour, thing.shape) in HELD_OUT_PAIRS for thing in things)
+    return Sample(image, "scenes", caption, choose_turns(rng, makers, turns), held_out)
+
+
+SCENE_TASKS = (
+    "scene_exists", "scene_colour", "scene_shape", "scene_size", "scene_count", "scene_position", "scene_what_at",
+    "scene_compare_count", "scene_compare_size", "scene_relation",
+)  # fmt: skip

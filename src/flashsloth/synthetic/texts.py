@@ -1,0 +1,297 @@
+"""Written words: signs, lines, receipts and tables, to be read, found, counted and added up."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from .augment import augment
+from .colours import RGB, choose_ink
+from .fonts import FACE_NAMES, draw_text, fit_height
+from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no
+from .words import (
+    HELD_OUT,
+    HELD_OUT_ITEMS,
+    HELD_OUT_WORDS,
+    TRAIN_ITEMS,
+    TRAIN_WORDS,
+    choose_words,
+    random_number,
+    random_string,
+)
+
+LAYOUT_WEIGHTS = {"sign": 3, "lines": 4, "receipt": 3, "table": 2}
+HELD_OUT_SHARE = 0.4  # tables show no words of the kind, so a third of all images is left
+ORDINALS = ("first", "second", "third", "fourth")
+NUMBER_SHARE = 0.1  # of the words that are numbers instead
+LARGEST_SUM = 20
+
+
+@dataclass(frozen=True)
+class Style:
+    """Face, case and colours of an image."""
+
+    face: str
+    case: str
+    ink: RGB
+    paper: RGB
+
+    def cased(self, text: str) -> str:
+        return getattr(text, self.case)()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A drawn page with what it says."""
+
+    image: Image.Image
+    caption: str
+    makers: Sequence[tuple[float, TurnMaker]]
+    held_out: bool
+
+
+def _choose_style(rng: random.Random) -> Style:
+    ink, paper = choose_ink(rng)
+    return Style(rng.choice(FACE_NAMES), rng.choice(("lower", "upper", "title")), ink, paper)
+
+
+def _words(rng: random.Random, count: int, held_out: bool) -> list[str]:
+    words = choose_words(rng, count, held_out)
+    for index, word in enumerate(words):
+        if word not in HELD_OUT and rng.random() < NUMBER_SHARE:
+            words[index] = random_number(rng)
+    return words if len(set(words)) == count else _words(rng, count, held_out)
+
+
+def _near_miss(rng: random.Random, word: str) -> str:
+    """The word with one letter changed."""
+    place = rng.randrange(len(word))
+    letters = "0123456789" if word.isdigit() else "abcdefghijklmnoprstuvwy"
+    return word[:place] + rng.choice(letters.replace(word[place], "")) + word[place + 1 :]
+
+
+def _find(shown: Sequence[str], test: bool) -> TurnMaker:
+    def make(rng: random.Random) -> Turn:
+        truth = rng.random() < 0.5
+        word = rng.choice(shown)
+        while not truth and word in shown:
+            kind = rng.random()
+            if kind < 0.2:
+                word = _near_miss(rng, rng.choice(shown))
+            elif kind < 0.6:
+                word = random_string(rng)
+            else:
+                word = rng.choice(HELD_OUT_WORDS if test and rng.random() < 0.4 else TRAIN_WORDS)
+            if not test and word in HELD_OUT:
+                word = shown[0]
+        questions = (f"is the word {word} shown?", f"does it say {word}?")
+        return phrase(rng, "text_find", questions, yes_no(truth))
+
+    return make
+
+
+def _letter(words: Sequence[str]) -> TurnMaker:
+    def make(rng: random.Random) -> Turn | None:
+        spelled = [index for index, word in enumerate(words) if not word.isdigit()]
+        if not spelled:
+            return None
+        index = rng.choice(spelled)
+        which = "word" if len(words) == 1 else f"{ORDINALS[index]} word"
+        if rng.random() < 0.5:
+            return Turn("text_letter", f"what is the first letter of the {which}?", words[index][0])
+        return Turn("text_letter", f"what is the last letter of the {which}?", words[index][-1])
+
+    return make
+
+
+def _draw_sign(rng: random.Random, test: bool, size: int, style: Style) -> Page:
+    """One large word, sometimes on a board."""
+    held_out = test and rng.random() < HELD_OUT_SHARE
+    word = _words(rng, 1, held_out)[0]
+    text, scale = style.cased(word), size / REFERENCE_SIZE
+    height = fit_height(style.face, (text,), round(rng.uniform(20, 46) * scale), 126 * scale)
+    room = (REFERENCE_SIZE - 2 * 14) * scale - height
+    x, y = size / 2, size / 2 + rng.uniform(-0.5, 0.5) * room
+    image = Image.new("RGB", (size, size), style.paper)
+    draw = ImageDraw.Draw(image)
+    if rng.random() < 0.4:  # a board with a frame on another ground
+        ground = tuple((channel + 128) // 2 for channel in style.paper)
+        image.paste(ground, (0, 0, size, size))
+        half = height / 2 + 12 * scale
+        box = (3 * scale, y - half, size - 3 * scale, y + half)
+        draw.rounded_rectangle(box, rng.uniform(0, 10) * scale, style.paper, style.ink, round(2 * scale))
+    draw_text(draw, (x, y), text, style.face, height, style.ink)
+
+    def read(rng: random.Random) -> Turn:
+        return phrase(rng, "text_read_word", ("what does it say?", "what is written here?", "read the word."), word)
+
+    def length(rng: random.Random) -> Turn:
+        noun = "digits" if word.isdigit() else "letters"
+        return Turn("text_length", f"how many {noun} does it have?", str(len(word)))
+
+    makers = [(3.0, read), (1.0, _find([word], test)), (0.6, _letter([word])), (0.4, length)]
+    return Page(image, f"text: {word}.", makers, word in HELD_OUT)
+
+
+def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page:
+    """Two to four words, one a line."""
+    count = rng.choice((2, 2, 3, 3, 4))
+    words = _words(rng, count, test and rng.random() < HELD_OUT_SHARE)
+    texts, scale = [style.cased(word) for word in words], size / REFERENCE_SIZE
+    top = {2: 26, 3: 20, 4: 16}[count]
+    height = fit_height(style.face, tuple(texts), round(rng.uniform(14, top) * scale), 124 * scale)
+    image = Image.new("RGB", (size, size), style.paper)
+    draw = ImageDraw.Draw(image)
+    pitch = min(size / count, height * rng.uniform(1.8, 2.6))
+    start = rng.uniform(0, size - pitch * count) + pitch / 2
+    anchor = rng.choice("lmr")
+    x = {"l": 9 * scale, "m": size / 2, "r": size - 9 * scale}[anchor]
+    for index, text in enumerate(texts):
+        draw_text(draw, (x, start + index * pitch), text, style.face, height, style.ink, f"{anchor}m")
+
+    def read(rng: random.Random) -> Turn:
+        index = rng.randrange(count)
+        names = [ORDINALS[index]] + ["last"] * (index == count - 1)
+        name = rng.choice(names)
+        questions = (f"what is the {name} line?", f"what is the {name} word?", f"read the {name} line.")
+        return phrase(rng, "text_read_line", questions, words[index])
+
+    def number(rng: random.Random) -> Turn:
+        return phrase(rng, "text_count", ("how many words are there?", "how many lines are there?"), str(count))
+
+    makers = [(3.0, read), (1.2, _find(words, test)), (0.5, _letter(words)), (0.3, number)]
+    return Page(image, f"text: {', '.join(words)}.", makers, any(word in HELD_OUT for word in words))
+
+
+def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Page:
+    """Two to four items with prices from 1 to 9, all different."""
+    count = rng.choice((2, 3, 3, 4))
+    items = rng.sample(TRAIN_ITEMS, count)
+    if rng.random() < 0.15:
+        items[0] = random_string(rng, 3, 5)
+    if test and rng.random() < HELD_OUT_SHARE:
+        items[rng.randrange(count)] = rng.choice(HELD_OUT_ITEMS)
+    prices = rng.sample(range(1, 10), count)
+    heading = rng.choice(("", "", "menu", "bill", "shop")) if count < 4 else ""
+    sign = rng.choice(("", "", "$"))
+    rows = [(style.cased(item), f"{sign}{price}") for item, price in zip(items, prices, strict=True)]
+    scale = size / REFERENCE_SIZE
+    lefts = tuple(left for left, _ in rows)
+    height = fit_height(style.face, lefts, round(rng.uniform(13, 17) * scale), 92 * scale)
+    image = Image.new("RGB", (size, size), style.paper)
+    draw = ImageDraw.Draw(image)
+    lines = count + bool(heading)
+    pitch = min(size / lines, height * rng.uniform(1.9, 2.6))
+    y = rng.uniform(0, size - pitch * lines) + pitch / 2
+    if heading:
+        draw_text(draw, (size / 2, y), style.cased(heading), style.face, height, style.ink)
+        draw.line((8 * scale, y + pitch / 2, size - 8 * scale, y + pitch / 2), style.ink, max(1, round(scale)))
+        y += pitch
+    for left, right in rows:
+        draw_text(draw, (8 * scale, y), left, style.face, height, style.ink, "lm")
+        draw_text(draw, (size - 9 * scale, y), right, style.face, height, style.ink, "rm")
+        y += pitch
+
+    def price(rng: random.Random) -> Turn:
+        index = rng.randrange(count)
+        questions = (f"how much is the {items[index]}?", f"what is the price of the {items[index]}?")
+        return phrase(rng, "receipt_price", questions, str(prices[index]))
+
+    def item(rng: random.Random) -> Turn:
+        index = rng.randrange(count)
+        questions = (f"what costs {prices[index]}?", f"which item costs {prices[index]}?")
+        return phrase(rng, "receipt_item", questions, items[index])
+
+    def total(rng: random.Random) -> Turn:
+        first, second = rng.sample(range(count), 2)
+        assert prices[first] + prices[second] <= LARGEST_SUM
+        question = f"how much are the {items[first]} and the {items[second]} together?"
+        return Turn("receipt_total", question, str(prices[first] + prices[second]))
+
+    def cheapest(rng: random.Random) -> Turn:
+        if rng.random() < 0.5:
+            return Turn("receipt_extreme", "what is the cheapest item?", items[prices.index(min(prices))])
+        return Turn("receipt_extreme", "what is the most expensive item?", items[prices.index(max(prices))])
+
+    def number(rng: random.Random) -> Turn:
+        return Turn("receipt_count", "how many items are there?", str(count))
+
+    body = ", ".join(f"{name} {price}" for name, price in zip(items, prices, strict=True))
+    caption = f"receipt{' titled ' + heading if heading else ''}: {body}."
+    makers = [(2.0, price), (1.0, item), (1.0, total), (0.8, cheapest), (0.3, number), (0.5, _find(items, test))]
+    return Page(image, caption, makers, any(name in HELD_OUT for name in items))
+
+
+def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page:
+    """Two or three rows and columns of numbers under single letters."""
+    rows, columns = rng.choice(((2, 2), (2, 3), (3, 2), (3, 3)))
+    letters = rng.sample("abcdefghjkmnprstuvwxyz", rows + columns)
+    row_names, column_names = sorted(letters[:rows]), sorted(letters[rows:])
+    largest = 9 if rng.random() < 0.6 else 99
+    cells = [[rng.randint(1, largest) for _ in range(columns)] for _ in range(rows)]
+    scale = size / REFERENCE_SIZE
+    width, depth = size / (columns + 1), min(size / (rows + 1), rng.uniform(34, 48) * scale)
+    top = rng.uniform(0, size - depth * (rows + 1))
+    height = round(rng.uniform(13, 16) * scale)
+    image = Image.new("RGB", (size, size), style.paper)
+    draw = ImageDraw.Draw(image)
+    ruled = rng.random()
+    thickness = max(1, round(scale))
+    for index in range(1, rows + 1):
+        if index == 1 or ruled < 0.5:
+            draw.line((0, top + index * depth, size, top + index * depth), style.ink, thickness)
+    for index in range(1, columns + 1):
+        if index == 1 or ruled < 0.5:
+            draw.line((index * width, top, index * width, top + depth * (rows + 1)), style.ink, thickness)
+    names = [["", *column_names]] + [[name, *map(str, line)] for name, line in zip(row_names, cells, strict=True)]
+    for line, texts in enumerate(names):
+        for column, text in enumerate(texts):
+            position = ((column + 0.5) * width, top + (line + 0.5) * depth)
+            draw_text(draw, position, style.cased(text), style.face, height, style.ink)
+
+    def cell(rng: random.Random) -> Turn:
+        line, column = rng.randrange(rows), rng.randrange(columns)
+        row_name, column_name = row_names[line], column_names[column]
+        questions = (
+            f"what is the value in row {row_name}, column {column_name}?",
+            f"what number is in row {row_name} and column {column_name}?",
+        )
+        return phrase(rng, "table_cell", questions, str(cells[line][column]))
+
+    def number(rng: random.Random) -> Turn:
+        if rng.random() < 0.5:
+            return Turn("table_count", "how many rows of numbers are there?", str(rows))
+        return Turn("table_count", "how many columns of numbers are there?", str(columns))
+
+    def compare(rng: random.Random) -> Turn | None:
+        line = rng.randrange(rows)
+        first, second = rng.sample(range(columns), 2)
+        if cells[line][first] == cells[line][second]:
+            return None
+        question = (
+            f"in row {row_names[line]}, which column is larger, {column_names[first]} or {column_names[second]}?"
+        )
+        return Turn("table_compare", question, column_names[max(first, second, key=cells[line].__getitem__)])
+
+    body = ". ".join(f"row {name}: {', '.join(map(str, line))}" for name, line in zip(row_names, cells, strict=True))
+    caption = f"table with columns {', '.join(column_names)}. {body}."
+    return Page(image, caption, [(3.0, cell), (0.4, number), (0.8, compare)], False)
+
+
+LAYOUTS = {"sign": _draw_sign, "lines": _draw_lines, "receipt": _draw_receipt, "table": _draw_table}
+
+
+def render_text(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
+    """Draws a sign, some lines, a receipt or a table and asks about it."""
+    layout = rng.choices(list(LAYOUT_WEIGHTS), list(LAYOUT_WEIGHTS.values()))[0]
+    style = _choose_style(rng)
+    page = LAYOUTS[layout](rng, test, image_size, style)
+    image = augment(page.image, rng, style.paper)
+    return Sample(image, "text", page.caption, choose_turns(rng, page.makers, turns), page.held_out)
+
+
+TEXT_TASKS = (
+    "text_read_word", "text_read_line", "text_find", "text_letter", "text_length", "text_count", "receipt_price",
+    "receipt_item", "receipt_total", "receipt_extreme", "receipt_count", "table_cell", "table_count", "table_compare",
+)  # fmt: skip

@@ -1,0 +1,62 @@
+"""A small byte-level tokenizer: the language of questions in whole words, everything that is read letter by letter."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .charts import WORD_SETS
+from .colours import COLOURS
+from .language import LANGUAGE
+from .photos import CLASS_NAMES
+from .scenes import SHAPES
+
+PAD_TOKEN, END_TOKEN = "<|endoftext|>", "</s>"
+IMAGE_TOKEN, QUERY_TOKEN = "<image>", "<learnable>"
+SPECIAL_TOKENS = (PAD_TOKEN, END_TOKEN, IMAGE_TOKEN, QUERY_TOKEN)
+DEFAULT_SIZE = 1024
+
+
+def language_words() -> tuple[str, ...]:
+    """Every word of questions, captions and closed answers, in a fixed order."""
+    labels = [label for words in WORD_SETS for label in words]
+    names = [*COLOURS, *SHAPES, *CLASS_NAMES, *labels]
+    plurals = [f"{name}{'es' if name.endswith('s') else 's'}" for name in (*SHAPES, *CLASS_NAMES)]
+    return tuple(dict.fromkeys([*LANGUAGE, *names, *plurals]))
+
+
+def train_tokenizer(size: int = DEFAULT_SIZE) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer; the same on every machine.
+
+    The vocabulary holds the special tokens, the 256 bytes, and the words of the question language with and without a
+    leading space. There are no partial merges, so a word outside that language is always spelled in single letters:
+    reading an unseen word then takes no other pieces than reading a known one. Digits stand alone. Text is lower-cased.
+
+    Args:
+        size: the largest vocabulary allowed.
+
+    Raises:
+        ValueError: if the language does not fit.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    for word in language_words():
+        for text in (f" {word}", word):
+            pieces = [piece for piece, _ in byte_level.pre_tokenize_str(text)]
+            assert len(pieces) == 1, f"{text!r} is not one word"
+            tokens.append(pieces[0])
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    if len(vocabulary) > size:
+        raise ValueError(f"The vocabulary needs {len(vocabulary)} tokens; size {size} is too small.")
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=END_TOKEN,
+        extra_special_tokens=[IMAGE_TOKEN, QUERY_TOKEN],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
