@@ -1,0 +1,227 @@
+"""From the pieces of prompts to token tensors: ids, question spans, labels, positions; truncation and padding.
+
+Shape suffixes: B rows, T tokens, K images of a row, G query groups of a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .chat_text import Kind, Piece
+
+IGNORED_LABEL = -100
+ABSENT_POSITION = -1
+# Per token, with the value that fills padding; `None` stands for the tokenizer's padding token.
+TOKEN_FILLS: dict[str, int | None] = {
+    "input_ids": None,
+    "attention_mask": 0,
+    "question_ids": 0,
+    "labels": IGNORED_LABEL,
+    "assistant_masks": 0,
+}
+POSITION_NAMES = ("image_positions", "query_positions")
+Features = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What placeholders become. `token_ids` are the ids of special tokens by text."""
+
+    image_token_id: int
+    num_image_tokens: int
+    query_token_id: int | None
+    num_query_tokens: int
+    token_ids: Mapping[str, int]
+    prefix_ids: Sequence[int] = ()
+
+
+@dataclass
+class _Row:
+    ids: list[int] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    questions: list[tuple[int, int, int]] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+
+
+def encode_pieces(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansion: Expansion) -> Features:
+    """One row, unpadded.
+
+    Args:
+        pieces: the prompt; answers and questions marked.
+        encodings: result of the tokenizer (`tokenizers.Encoding`) for the text of every text piece.
+
+    Returns:
+        input_ids, attention_mask, question_ids, labels (T,), image_positions (K,), query_positions (G,); int64.
+
+    Raises:
+        ValueError: an empty question.
+    """
+    row = _Row()
+    if list(expansion.prefix_ids) and not _begins_with(pieces, encodings, expansion):
+        row.ids += expansion.prefix_ids
+    asking = answering = asked = False
+    pending: list[tuple[int, int]] = []
+    previous: Kind | None = None
+    for piece in pieces:
+        start = len(row.ids)
+        if piece.kind is Kind.TEXT:
+            if piece.text:
+                row.ids += encodings[piece.text].ids
+            first = 0
+            if previous is Kind.IMAGE and piece.text.startswith("\n"):  # ends the placeholder's line, asks nothing
+                first = int(np.searchsorted(_token_ends(encodings[piece.text]), 1, side="right"))
+            at, text_at = 0, 0
+            for offset, kind in (*piece.marks, (len(piece.text), None)):
+                stop = _token_at(encodings, piece.text, offset, inclusive=kind is Kind.ANSWER_END)
+                if asking and max(at, first) < stop:
+                    pending.append((start + max(at, first), start + stop))
+                    asked = asked or bool(piece.text[text_at:offset].strip())
+                if answering and at < stop:
+                    row.answers.append((start + at, start + stop))
+                asking = asking or kind is Kind.QUESTION
+                answering = kind is Kind.ANSWER_START or (answering and kind is not Kind.ANSWER_END)
+                at, text_at = stop, offset
+        elif piece.kind is Kind.IMAGE:
+            row.images.append(start)
+            row.ids += [expansion.image_token_id] * expansion.num_image_tokens
+        elif piece.kind is Kind.QUERY:
+            if expansion.num_query_tokens:
+                row.queries.append(start)
+                group = len(row.queries)
+                if not asked:
+                    raise ValueError(f"question {group} is empty; write what is asked")
+                row.questions += [(begin, stop, group) for begin, stop in pending]
+                row.ids += [expansion.query_token_id] * expansion.num_query_tokens
+            asking = asked = False
+            pending = []
+        else:
+            row.ids.append(expansion.token_ids[piece.text])
+            if answering:
+                row.answers.append((start, start + 1))
+        previous = piece.kind
+    return _to_features(row)
+
+
+def _begins_with(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansion: Expansion) -> bool:
+    if not pieces or pieces[0].kind is not Kind.TOKEN:
+        return False
+    return expansion.token_ids[pieces[0].text] == expansion.prefix_ids[0]
+
+
+def _token_ends(encoding: Any) -> np.ndarray:
+    ends = np.fromiter((stop for _, stop in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
+    return np.maximum.accumulate(ends)
+
+
+def _token_at(encodings: Mapping[str, Any], text: str, offset: int, inclusive: bool) -> int:
+    """Index of the first token that reaches beyond a character offset (`inclusive`: that begins at or after it)."""
+    if not text or offset == 0:
+        return 0
+    encoding = encodings[text]
+    if offset == len(text):
+        return len(encoding.ids)
+    ends = _token_ends(encoding)
+    if inclusive:
+        return min(int(np.searchsorted(ends, offset, side="left")) + 1, len(ends))
+    return int(np.searchsorted(ends, offset, side="right"))
+
+
+def _to_features(row: _Row) -> Features:
+    input_ids = np.array(row.ids, dtype=np.int64)
+    question_ids = np.zeros_like(input_ids)
+    for start, stop, group in row.questions:
+        question_ids[start:stop] = group
+    labels = np.full_like(input_ids, IGNORED_LABEL)
+    for start, stop in row.answers:
+        labels[start:stop] = input_ids[start:stop]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": np.ones_like(input_ids),
+        "question_ids": question_ids,
+        "labels": labels,
+        "image_positions": np.array(row.images, dtype=np.int64),
+        "query_positions": np.array(row.queries, dtype=np.int64),
+    }
+
+
+def fit_to_length(
+    features: Features, limit: int, truncation: bool, side: str, expansion: Expansion, limit_name: str
+) -> Features:
+    """Truncates a row where that loses only text that nothing depends on.
+
+    Raises:
+        ValueError: too long without truncation, or the cut would fall on images, queries or questions.
+    """
+    length = len(features["input_ids"])
+    if length <= limit:
+        return features
+    question = int((features["question_ids"] > 0).sum())
+    sizes = (
+        f"{length} tokens ({len(features['image_positions'])} images of {expansion.num_image_tokens}, "
+        f"{question} of questions, {len(features['query_positions'])} query groups of {expansion.num_query_tokens})"
+    )
+    if not truncation:
+        raise ValueError(f"the prompt has {sizes}, more than {limit_name} {limit}; shorten it or raise max_length")
+    kept = slice(0, limit) if side == "right" else slice(length - limit, length)
+    needed = features["question_ids"] > 0
+    for name, run in (
+        ("image_positions", expansion.num_image_tokens),
+        ("query_positions", expansion.num_query_tokens),
+    ):
+        for position in features[name]:
+            needed[position : position + run] = True
+    if needed.sum() != needed[kept].sum():
+        raise ValueError(
+            f"the prompt has {sizes}; truncating it to {limit_name} {limit} would cut into an image, a question or "
+            "its query tokens; shorten the text or raise max_length"
+        )
+    cut = {name: value[kept] if name in TOKEN_FILLS else value - kept.start for name, value in features.items()}
+    return cut
+
+
+def pad_features(
+    features: Sequence[Mapping[str, Any]],
+    pad_token_id: int | None,
+    length: int | None,
+    multiple_of: int | None,
+    side: str,
+) -> Features:
+    """Stacks rows of different lengths.
+
+    Args:
+        features: rows as `encode_pieces` makes them; each key in all rows or in none.
+        length: target number of tokens, `None` for the longest row's.
+
+    Returns:
+        (B, T) arrays; positions (B, K) and (B, G), shifted by the padding. What no row has is left out.
+    """
+    lengths = np.array([len(row["input_ids"]) for row in features])
+    target = max(int(lengths.max()), length or 0)
+    if multiple_of:
+        target += -target % multiple_of
+    if pad_token_id is None and (lengths < target).any():
+        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token, for instance to its eos_token")
+    shifts = target - lengths if side == "left" else np.zeros_like(lengths)
+    batch: Features = {}
+    for name, fill in TOKEN_FILLS.items():
+        if name not in features[0]:
+            continue
+        values_BT = np.full((len(features), target), pad_token_id if fill is None else fill, dtype=np.int64)
+        for values_T, row, shift, count in zip(values_BT, features, shifts, lengths, strict=True):
+            values_T[shift : shift + count] = row[name]
+        batch[name] = values_BT
+    for name in POSITION_NAMES:
+        rows = [np.asarray(row.get(name, ()), dtype=np.int64) for row in features]
+        most = max(len(positions) for positions in rows)
+        if not most:
+            continue
+        positions_BK = np.full((len(rows), most), ABSENT_POSITION, dtype=np.int64)
+        for target_K, positions, shift in zip(positions_BK, rows, shifts, strict=True):
+            target_K[: len(positions)] = positions + shift
+        batch[name] = positions_BK
+    if "query_positions" not in batch:
+        batch.pop("question_ids", None)
+    return batch
