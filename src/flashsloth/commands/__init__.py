@@ -1,0 +1,1 @@
+"""Commands that live beside the code they run."""

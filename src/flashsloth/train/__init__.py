@@ -1,0 +1,1 @@
+"""Recipe-driven training on the transformers Trainer."""

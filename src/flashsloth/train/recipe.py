@@ -1,0 +1,356 @@
+"""Training recipes: a strict dataclass tree read from YAML, with `key=value` overrides."""
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .freeze import PartName
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TokenizerRecipe:
+    """Where the tokenizer comes from."""
+
+    source: str
+    """`synthetic` trains a byte-level BPE on the text of the synthetic images; else a folder or hub name."""
+    vocabulary_size: Positive | None = None
+    """Vocabulary of the tokenizer trained by `synthetic`."""
+
+    def __post_init__(self) -> None:
+        if (self.source == "synthetic") != (self.vocabulary_size is not None):
+            raise ValueError(
+                f"tokenizer.source={self.source!r} contradicts tokenizer.vocabulary_size={self.vocabulary_size}: "
+                "a size is needed for, and only for, source: synthetic"
+            )
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class ModelRecipe:
+    """What is trained: a FlashSloth checkpoint, or an encoder and a decoder to join."""
+
+    checkpoint: str | None = None
+    """FlashSloth folder or hub name to start from; excludes every other field of this section."""
+    vision: str | dict[str, Any] | None = None
+    """Encoder: folder or hub name (pretrained), or a full sub-configuration with `model_type` (random weights)."""
+    language: str | dict[str, Any] | None = None
+    """Decoder, given like `vision`."""
+    tokenizer: TokenizerRecipe | None = None
+    """Defaults to the decoder's own folder."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, relative to the recipe; the authors' template when absent."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of `FlashSlothConfig`: compressor, compressor_window, num_query_tokens, view_grid, ..."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            fields = ("vision", "language", "tokenizer", "chat_template", "config")
+            for name in fields:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"model.checkpoint contradicts model.{name}: a checkpoint already holds it; remove one of the two"
+                    )
+        elif self.vision is None or self.language is None:
+            raise ValueError("model needs either model.checkpoint, or both model.vision and model.language")
+        for name in ("vision", "language"):
+            value = getattr(self, name)
+            if isinstance(value, dict) and "model_type" not in value:
+                raise ValueError(f"model.{name} is a sub-configuration and lacks model_type (like siglip_vision_model)")
+        if isinstance(self.language, dict) and self.tokenizer is None:
+            raise ValueError("model.language has no tokenizer of its own: give model.tokenizer as well")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class SyntheticData:
+    """Images and questions rendered by `flashsloth.synthetic`, a new one for every index."""
+
+    kind: Literal["synthetic"]
+    size: Positive
+    """Images in one epoch."""
+    seed: int = 0
+    """Added to the split's own seed."""
+    weights: dict[str, Annotated[float, Field(ge=0)]]
+    """Share of each family."""
+    photos: str | None = None
+    """Folder (or environment variable, written `$NAME`) of the CIFAR-10 parquet files, for the photo family."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class LlavaData:
+    """A LLaVA JSON or JSONL file with an image folder."""
+
+    kind: Literal["llava"]
+    path: Path
+    image_folder: Path
+    max_broken: Annotated[int, Field(ge=0)] = 0
+    """Broken samples that are named and skipped before the run stops."""
+
+
+DataRecipe = Annotated[SyntheticData | LlavaData, Field(discriminator="kind")]
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class StageRecipe:
+    """One training stage."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    data: str
+    """Key in the recipe's `data`."""
+    template: Literal["plain", "chat"]
+    """`plain`: image and caption, loss on the caption; `chat`: conversation, loss on the answers."""
+    train: Annotated[list[PartName], Field(min_length=1)]
+    """Parts that receive gradients; every other part stays frozen."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rates: dict[PartName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Exceptions from `learning_rate`, by part."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the hidden matrices, AdamW for embeddings, norms, biases and heads."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the matrices under Muon (scaled to AdamW's update size); `learning_rate` when absent."""
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """0 switches clipping off."""
+    schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
+    warmup: Fraction = 0.03
+    """Share of the stage in which the rate rises linearly."""
+    decay: Fraction = 0.2
+    """Share of the stage in which `warmup_stable_decay` falls linearly."""
+    final_learning_rate: Fraction = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall-clock budget; the schedule follows the elapsed time when it is given. Resuming keeps the time used."""
+    batch_size: Positive
+    """Per device."""
+    gradient_accumulation: Positive = 1
+    turns: Positive | None = None
+    """Question-answer turns an image (synthetic data)."""
+    max_length: Positive = 3072
+    """Longest sequence in tokens; turns that do not fit are dropped whole."""
+    pad_to_multiple_of: Positive | None = None
+    """Fewer distinct lengths mean fewer compilations."""
+
+    def __post_init__(self) -> None:
+        strays = [part for part in self.learning_rates if part not in self.train]
+        if strays:
+            raise ValueError(
+                f"stage {self.name!r}: learning_rates.{strays[0]} contradicts train, which does not list {strays[0]!r}"
+            )
+        if self.epochs is None and self.max_steps is None and self.max_minutes is None:
+            raise ValueError(f"stage {self.name!r} has no end: give epochs, max_steps or max_minutes")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(f"stage {self.name!r}: epochs contradicts max_steps; give one of the two")
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError(f"stage {self.name!r}: muon_learning_rate contradicts optimizer: {self.optimizer}")
+        if self.template == "plain" and self.turns is not None:
+            raise ValueError(f"stage {self.name!r}: turns contradicts template: plain, which has one caption an image")
+        if self.schedule == "warmup_stable_decay" and self.warmup + self.decay > 1:
+            raise ValueError(f"stage {self.name!r}: warmup and decay together exceed the stage")
+        if len(set(self.train)) != len(self.train):
+            raise ValueError(f"stage {self.name!r}: train lists a part twice")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class LoggingRecipe:
+    every_steps: Positive = 10
+    tensorboard: bool = True
+    """Written when tensorboard is installed."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class CheckpointRecipe:
+    every_steps: Positive | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    keep: Positive = 2
+    """Older ones are deleted."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class LoaderRecipe:
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read, render and tokenise."""
+    prefetch: Positive = 4
+    """Batches each worker prepares ahead."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class Recipe:
+    """A whole training run."""
+
+    model: ModelRecipe
+    data: Annotated[dict[str, DataRecipe], Field(min_length=1)]
+    stages: Annotated[list[StageRecipe], Field(min_length=1)]
+    output_dir: Path
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """`bfloat16`: float32 weights under bfloat16 autocast."""
+    torch_compile: bool = False
+    logging: LoggingRecipe = Field(default_factory=LoggingRecipe)
+    checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
+    loader: LoaderRecipe = Field(default_factory=LoaderRecipe)
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, got {', '.join(names)}")
+        for stage in self.stages:
+            if stage.data not in self.data:
+                raise ValueError(
+                    f"stage {stage.name!r}: data={stage.data!r} contradicts the recipe's data, which defines "
+                    f"{', '.join(self.data)}"
+                )
+            if stage.turns is not None and not isinstance(self.data[stage.data], SyntheticData):
+                raise ValueError(f"stage {stage.name!r}: turns contradicts data.{stage.data}.kind: llava has its own")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 read as a number (YAML 1.1 wants 1.0e-3) and duplicate keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"key {key!r} appears twice ({key_node.start_mark})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key=value` overrides.
+
+    Args:
+        path: YAML file. Relative paths in it are relative to the working directory; `chat_template` to the recipe.
+        overrides: `a.b=value`, YAML values; a stage goes by name or index (`stages.finetune.max_steps=10`).
+
+    Raises:
+        ValueError: unreadable file, unknown key (with the nearest valid one), wrong type, contradicting fields.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys, got {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    recipe = parse_recipe(tree, source=str(path))
+    if recipe.model.chat_template is not None:
+        recipe.model.chat_template = str((path.parent / recipe.model.chat_template).resolve())
+    return recipe
+
+
+def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a nested mapping into a `Recipe`; see `load_recipe` for the errors."""
+    try:
+        # JSON mode is what makes strict validation accept mappings for dataclasses and text for paths.
+        return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False)
+
+
+def _explain(item: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        valid = _valid_keys(item["loc"][:-1])
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.0)
+        hint = f"; the nearest valid key is {nearest[0]!r}" if nearest else ""
+        return f"unknown key {where!r}{hint} (valid: {', '.join(valid)})"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message
+    value = "" if item["type"] == "missing" else f", got {item['input']!r}"
+    return f"{where}: {message}{value}"
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the dataclass found at a pydantic error location."""
+    current: Any = Recipe
+    for step in location:
+        current = _child(current, step)
+    options = [option for option in _options(current) if dataclasses.is_dataclass(option)]
+    return [field.name for field in dataclasses.fields(options[0])] if len(options) == 1 else []
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The members of a (possibly annotated) union; a single type is a union of one."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+
+
+def _child(annotation: Any, step: int | str) -> Any:
+    """The annotation one location step below: a field, an element, or the member of a tagged union."""
+    for option in _options(annotation):
+        if dataclasses.is_dataclass(option):
+            fields = {field.name: field.type for field in dataclasses.fields(option)}
+            if step in get_args(fields.get("kind")):
+                return option
+            if step in fields:
+                return fields[str(step)]
+        elif get_origin(option) in (list, dict):
+            return get_args(option)[-1]
+    return None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} is not of the form key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, step in enumerate(parents):
+        prefix = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_list_index(node, step, prefix)]
+        elif isinstance(node, dict):
+            node = node.setdefault(step, {})
+        if not isinstance(node, (dict, list)):
+            raise ValueError(f"override {override!r}: {prefix} is a single value and has no fields")
+    if isinstance(node, list):
+        node[_list_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _list_index(items: list[Any], step: str, where: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if step in names:
+        return names.index(step)
+    if step.isdigit() and int(step) < len(items):
+        return int(step)
+    raise ValueError(f"override: no {where!r}; choose an index below {len(items)} or one of {[n for n in names if n]}")

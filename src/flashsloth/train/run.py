@@ -1,0 +1,95 @@
+"""Run a recipe: stage after stage, to one ordinary model folder."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PrinterCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data.collator import Collator
+from ..data.dataset import build_dataset
+from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..model.processing_flashsloth import FlashSlothProcessor
+from .build import build, load
+from .callbacks import Clock, LogFile
+from .card import write_card
+from .freeze import format_counts, set_trainable_parts
+from .recipe import Recipe, StageRecipe, dump_recipe
+from .trainer import StageTrainer, training_arguments
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER, RECIPE_FILE, LOG_FILE = "model", "recipe.yaml", "log.jsonl"
+
+
+def run(recipe: Recipe, resume: bool = False) -> Path:
+    """Train all stages.
+
+    Args:
+        resume: continue in `recipe.output_dir`: finished stages are skipped, an interrupted one goes on from its last
+            checkpoint. Without it the folder must not hold a run yet.
+
+    Returns:
+        The folder of the trained model, which `from_pretrained` loads.
+
+    Raises:
+        ValueError: the output folder is taken, or the recipe does not fit the data or the model.
+    """
+    output_dir = recipe.output_dir
+    if not resume and (output_dir / RECIPE_FILE).exists():
+        raise ValueError(f"output_dir {output_dir} already holds a run; pass --resume to continue it, or choose another")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _record_recipe(recipe, output_dir / RECIPE_FILE)
+    set_seed(recipe.seed)
+    model = processor = None
+    for stage in recipe.stages:
+        finished = output_dir / stage.name / MODEL_FOLDER
+        if finished.exists():
+            logger.info("stage %s is finished already", stage.name)
+            model, processor = load(finished)
+            continue
+        if model is None:
+            model, processor = build(recipe.model)
+        _run_stage(recipe, stage, model, processor)
+    return output_dir / recipe.stages[-1].name / MODEL_FOLDER
+
+
+def _run_stage(recipe: Recipe, stage: StageRecipe, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor) -> None:
+    stage_dir = recipe.output_dir / stage.name
+    stage_dir.mkdir(exist_ok=True)
+    dataset = build_dataset(recipe.data[stage.data], stage, recipe.seed, model.config.image_height)
+    counts = set_trainable_parts(model, stage.train)
+    logger.info("stage %s: %s", stage.name, format_counts(counts))
+    model.train()
+    if recipe.torch_compile:
+        model.model.compile(dynamic=False)
+    trainer = StageTrainer(
+        model=model,
+        args=training_arguments(recipe, stage, stage_dir, sequential=dataset.is_independent),
+        stage=stage,
+        train_dataset=dataset,
+        data_collator=Collator(processor, stage.template, stage.max_length, stage.pad_to_multiple_of),
+        processing_class=processor,
+    )
+    trainer.remove_callback(PrinterCallback)
+    images = stage.batch_size * stage.gradient_accumulation * trainer.args.world_size
+    trainer.add_callback(LogFile(recipe.output_dir / LOG_FILE, stage.name, images))
+    trainer.add_callback(Clock(recipe.checkpoints.every_minutes))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
+    model.eval()
+    if trainer.is_world_process_zero():
+        staging = stage_dir / f"{MODEL_FOLDER}.incomplete"
+        shutil.rmtree(staging, ignore_errors=True)
+        trainer.save_model(str(staging))
+        write_card(staging, recipe, stage, model, recipe.output_dir / LOG_FILE)
+        os.replace(staging, stage_dir / MODEL_FOLDER)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _record_recipe(recipe: Recipe, path: Path) -> None:
+    text = dump_recipe(recipe)
+    if path.exists() and path.read_text() != text:
+        logger.warning("the recipe differs from the one this run began with; the run goes on with the new one")
+    path.write_text(text)

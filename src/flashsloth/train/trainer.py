@@ -1,0 +1,113 @@
+"""The Trainer of one stage: optimiser and schedule from the recipe, checkpoints that appear whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from .optimization import ProgressScheduler, build_optimizer
+from .recipe import Recipe, StageRecipe
+
+# Steps of a stage that only the clock ends; the Trainer wants a number.
+UNLIMITED_STEPS = 10**9
+_STAGING = "incomplete"
+
+
+def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, sequential: bool) -> TrainingArguments:
+    """Translate a stage into the Trainer's arguments."""
+    workers = recipe.loader.workers
+    steps = stage.max_steps or (UNLIMITED_STEPS if stage.epochs is None else -1)
+    bfloat16 = recipe.precision == "bfloat16"
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        max_steps=steps,
+        num_train_epochs=stage.epochs or 1,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=bfloat16,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=recipe.logging.every_steps,
+        disable_tqdm=True,
+        report_to=_reporters(recipe),
+        save_strategy="no" if recipe.checkpoints.every_steps is None else "steps",
+        save_steps=recipe.checkpoints.every_steps or 1,
+        save_total_limit=recipe.checkpoints.keep,
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=recipe.loader.prefetch if workers else None,
+        dataloader_persistent_workers=workers > 0,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential" if sequential else "random",
+        label_names=["labels"],
+    )
+
+
+def _reporters(recipe: Recipe) -> list[str]:
+    from transformers.integrations import is_tensorboard_available
+
+    return ["tensorboard"] if recipe.logging.tensorboard and is_tensorboard_available() else []
+
+
+class StageTrainer(Trainer):
+    """Trainer with a learning rate per part and a schedule that may follow the clock."""
+
+    def __init__(self, *args: Any, stage: StageRecipe, **kwargs: Any) -> None:
+        self.stage = stage
+        self._staging: Path | None = None
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            self.optimizer = build_optimizer(model, self.stage, self.get_decay_parameter_names(model))
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> ProgressScheduler:
+        if self.lr_scheduler is None:
+            steps = None if num_training_steps >= UNLIMITED_STEPS else num_training_steps
+            self.lr_scheduler = ProgressScheduler(self.optimizer if optimizer is None else optimizer, self.stage, steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        # a cache would be filled and thrown away
+        inputs = {**inputs, "use_cache": False}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write beside the others and rename, so that a kill or a full disk never leaves half a checkpoint."""
+        run_dir = Path(self.args.output_dir)
+        self._staging = run_dir / _STAGING
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        if self.args.should_save:
+            for folder in staging.iterdir():
+                shutil.rmtree(run_dir / folder.name, ignore_errors=True)
+                os.replace(folder, run_dir / folder.name)
+            staging.rmdir()
+            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
