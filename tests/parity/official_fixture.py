@@ -1,5 +1,6 @@
 """The recorded outputs of the authors' implementation, and the tiny checkpoint they were computed with."""
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -28,6 +29,7 @@ class OfficialFixture:
     def image(self, name: str) -> Path:
         return self.folder / f"{name}.png"
 
+    @functools.cache  # noqa: B019 - one fixture a run
     def tensors(self) -> dict[str, Tensor]:
         """The weights, by the rule in the manifest."""
         manifest = json.loads((self.folder / "manifest.json").read_text())

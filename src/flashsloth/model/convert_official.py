@@ -293,6 +293,10 @@ def _write_official_tokenizer(source: Path, folder: Path, settings: Mapping[str,
     image_token = OFFICIAL_FACTS["image_token"]
     content = read_json(source / "tokenizer.json")
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != image_token]
+    # the authors' releases of tokenizers read merges as "a b" only
+    bpe = content["model"]
+    bpe["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    bpe.pop("ignore_merges", None)
     write_json(folder / "tokenizer.json", content)
     if not settings:
         ours = read_json(source / "tokenizer_config.json")
