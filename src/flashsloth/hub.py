@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-
 ASSETS = Path(__file__).parent / "assets"
 PACKAGED_MODELS: dict[str, Path] = {"nano": ASSETS / "nano"}
 CACHE_VARIABLE = "FLASHSLOTH_CACHE"

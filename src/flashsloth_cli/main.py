@@ -1,7 +1,8 @@
 """The `flashsloth` command.
 
-Sub-commands stand in a table of strings and are imported when they run, so that `flashsloth --help` needs neither torch
-nor transformers. Errors meant for the user (ValueError, OSError, ImportError) are printed as one line; exit code 2.
+Sub-commands stand in a table of strings and are imported when they run, so that `flashsloth --help` needs neither
+torch nor transformers. Errors meant for the user (ValueError, OSError, ImportError) are printed as one line; the exit
+code is 2.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""`flashsloth ask`: one question about one or several images."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from flashsloth_cli import options
+
+
+def ask(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Files, URLs or data URLs.", show_default=False)
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
+    model: options.Model = "nano",
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer word by word.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print answer, token counts and seconds per stage as JSON.")
+    ] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_new_tokens: options.MaxNewTokens = None,
+) -> None:
+    """Ask a question about one or several images.
+
+    The answer goes to standard output; visual tokens and times go to standard error.
+
+    [bold]Examples[/bold]
+
+      flashsloth ask photo.jpg "What is in the picture?"
+      flashsloth ask chart.png "Which bar is the highest?" --stream
+      flashsloth ask before.jpg after.jpg "What changed?" --model Tongbo/FlashSloth-3.2B
+      flashsloth ask https://example.com/sign.jpg "What does the sign say?" --json
+    """
+    if stream and as_json:
+        raise ValueError("--stream and --json exclude each other: JSON is printed when the answer is complete")
+    if not question.strip():
+        raise ValueError("the question is empty")
+    if os.path.isfile(question):
+        raise ValueError(f'the last argument is the question, but {question} is a file; add a "QUESTION"')
+    session = options.load_session(model, device, dtype)
+    write = sys.stdout.write
+    answer = session.ask(images, question, max_new_tokens=max_new_tokens, on_text=_write_now if stream else None)
+    if as_json:
+        write(json.dumps(answer.to_dict(), ensure_ascii=False) + "\n")
+        return
+    write("\n" if stream else answer.text + "\n")
+    options.print_cost(answer)
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

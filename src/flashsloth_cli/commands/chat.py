@@ -1,0 +1,62 @@
+"""`flashsloth chat`: several turns about an image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flashsloth_cli import options
+
+if TYPE_CHECKING:
+    from flashsloth.inference import Conversation
+
+
+def chat(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Files, URLs or data URLs.", show_default=False)
+    ],
+    model: options.Model = "nano",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_new_tokens: options.MaxNewTokens = None,
+) -> None:
+    """Talk about an image.
+
+    The image is encoded once, and each turn runs only what is new since the one before.
+    Type /reset to forget the turns, /quit (or end the input) to leave.
+
+    [bold]Examples[/bold]
+
+      flashsloth chat photo.jpg
+      flashsloth chat --model Tongbo/FlashSloth_HD-3.2B receipt.jpg
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    conversation = options.load_session(model, device, dtype).conversation(images)
+    conversation.encode()
+    console.print("/reset forgets the turns, /quit leaves", style="dim")
+    while True:
+        try:
+            question = console.input("> ").strip()
+        except EOFError:
+            return
+        if question == "/quit":
+            return
+        if question == "/reset":
+            conversation.reset()
+            console.print("a new conversation", style="dim")
+        elif question:
+            _answer(console, conversation, question, max_new_tokens)
+
+
+def _answer(console: Console, conversation: Conversation, question: str, max_new_tokens: int | None) -> None:
+    try:
+        answer = conversation.ask(
+            question, max_new_tokens=max_new_tokens, on_text=lambda text: console.print(text, end="")
+        )
+    except ValueError as error:  # too long: the conversation before it is still there
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+        return
+    console.print()
+    options.print_cost(answer)

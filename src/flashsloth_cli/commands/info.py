@@ -1,0 +1,57 @@
+"""`flashsloth info`: what a model is made of and what it takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, separator, height = text.lower().partition("x")
+    if not separator or not (width.isdigit() and height.isdigit()) or not int(width) or not int(height):
+        raise ValueError(f"--image-size is {text!r}; give WIDTHxHEIGHT in pixels, such as 1280x720")
+    return int(width), int(height)
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Packaged model, folder, or hub id.", show_default=False)
+    ] = "nano",
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="An image to count tokens for.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show architecture, parameters by part, visual tokens and memory of a model. No weights are loaded.
+
+    [bold]Examples[/bold]
+
+      flashsloth info nano
+      flashsloth info Tongbo/FlashSloth_HD-3.2B --image-size 1280x720
+    """
+    from flashsloth import hub
+    from flashsloth.model.configuration_flashsloth import FlashSlothConfig
+    from flashsloth.summary import summarize
+
+    size = None if image_size is None else _parse_size(image_size)
+    summary = summarize(FlashSlothConfig.from_pretrained(hub.resolve(model)), size)
+    if as_json:
+        sys.stdout.write(json.dumps(summary.to_dict(), ensure_ascii=False) + "\n")
+        return
+    console = Console(highlight=False)
+    table = Table("part", "what", "parameters", box=None, pad_edge=False, title=model, title_justify="left")
+    table.columns[-1].justify = "right"
+    for part in summary.parts:
+        table.add_row(part.name, part.description, f"{part.parameters:,}")
+    table.add_row("total", "", f"{summary.parameters:,}", style="bold")
+    console.print(table)
+    console.print(f"\n{summary.views}")
+    console.print(f"visual tokens an image: {summary.visual_tokens} (uncompressed: {summary.uncompressed_tokens})")
+    weights = ", ".join(f"{count / 1e6:,.1f} MB {name}" for name, count in summary.weight_bytes.items())
+    console.print(f"weights in memory: {weights}")
+    console.print(f"cache at bfloat16: {summary.cache_bytes_per_token / 1024:,.1f} KiB a token")

@@ -1,0 +1,49 @@
+"""Options and printing shared by the commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from flashsloth.inference import Answer, FlashSloth
+
+STAGES = ("preprocess", "encode", "compress", "prefill", "decode")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Packaged model, folder, or hub id; an authors' checkpoint is converted.")
+]
+Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu), or a torch device such as cuda:1.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as saved; float32 on a CPU), float32, bfloat16 or float16.", metavar="DTYPE")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Longest answer, in tokens; default: the model's own.", show_default=False, min=1)
+]
+
+
+def load_session(model: str, device: str, dtype: str) -> FlashSloth:
+    """The model, loaded without progress bars."""
+    from transformers.utils import logging
+
+    from flashsloth.inference import load
+
+    logging.disable_progress_bar()
+    return load(model, device=device, dtype=dtype)
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration to read: two digits below 10 ms, else whole milliseconds."""
+    value = 1000 * seconds
+    return f"{value:.1f} ms" if value < 10 else f"{value:.0f} ms"
+
+
+def print_cost(answer: Answer) -> None:
+    """One dim line on standard error, so that standard output holds the answer alone."""
+    parts = [f"{answer.visual_tokens} visual tokens instead of {answer.uncompressed_tokens}"]
+    if answer.reused_tokens:
+        parts.append(f"{answer.reused_tokens} of {answer.prompt_tokens} prompt tokens re-used")
+    parts += [f"{stage} {milliseconds(getattr(answer.timings, stage))}" for stage in STAGES]
+    Console(stderr=True, soft_wrap=True).print(" · ".join(parts), style="dim", highlight=False)
