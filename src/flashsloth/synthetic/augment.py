@@ -7,13 +7,15 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from .sample import REFERENCE_SIZE
+
 BANK_SIZE = 512
 AUGMENTED_SHARE = 0.6
 
 
 @lru_cache(maxsize=1)
 def _noise_bank() -> np.ndarray:
-    """(BANK_SIZE, BANK_SIZE, 3) float32 standard normal; crops of it replace a fresh draw, which is ten times slower."""
+    """(BANK_SIZE, BANK_SIZE, 3) float32, standard normal; crops replace a fresh draw, which is ten times slower."""
     return np.random.default_rng(0).standard_normal((BANK_SIZE, BANK_SIZE, 3), dtype=np.float32)
 
 
@@ -46,8 +48,8 @@ def shade(image: Image.Image, rng: random.Random, depth: float) -> Image.Image:
 
 def change_levels(image: Image.Image, contrast: float, brightness: float) -> Image.Image:
     """Scales around mid grey and shifts by `brightness` grey levels."""
-    table = [min(255, max(0, round((level - 128) * contrast + 128 + brightness))) for level in range(256)]
-    return image.point(table * 3)
+    table = np.clip((np.arange(256) - 128) * contrast + 128 + brightness, 0, 255).astype(np.uint8)
+    return Image.fromarray(table[np.asarray(image)])
 
 
 def augment(image: Image.Image, rng: random.Random, background: tuple[int, int, int]) -> Image.Image:
@@ -61,7 +63,7 @@ def augment(image: Image.Image, rng: random.Random, background: tuple[int, int, 
     if rng.random() < 0.25:
         image = shade(image, rng, 0.35)
     if rng.random() < 0.3:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9) * image.width / 144))
+        image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 0.8) * image.width / REFERENCE_SIZE))
     if rng.random() < 0.4:
         image = add_noise(image, rng, rng.uniform(2, 10))
     if rng.random() < 0.35:

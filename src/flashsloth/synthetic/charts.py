@@ -11,22 +11,15 @@ from .augment import augment
 from .colours import COLOURS, RGB, choose_ink, distance, jitter
 from .fonts import FACE_NAMES, draw_text, fit_height, text_width
 from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, yes_no
-from .words import HELD_OUT_TITLES, choose_title
+from .words import HELD_OUT_TITLES, LABEL_SETS, choose_title
 
 KINDS = {"vertical": "bar chart", "horizontal": "bar chart", "line": "line chart", "pie": "pie chart"}
 KIND_WEIGHTS = {"vertical": 3, "horizontal": 2, "line": 3, "pie": 3}
 HELD_OUT_SHARE = 1 / 3
 LETTERS = "abcdefghjkmnprstuvwxyz"  # without i, l and o, which look like digits
-WORD_SETS: tuple[tuple[str, ...], ...] = (
-    ("mon", "tue", "wed", "thu", "fri", "sat", "sun"),
-    ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
-    ("tea", "egg", "ham", "pie", "jam", "nut", "fig", "rye"),
-    ("cat", "dog", "cow", "hen", "pig", "fox", "bee", "owl"),
-    ("car", "bus", "van", "tram", "bike", "ship", "taxi", "jet"),
-    ("ann", "bob", "eve", "tom", "kim", "max", "sue", "ray"),
-)
 MIN_UNITS = 2  # least difference of two values that are compared by eye
-LABEL_HEIGHT, SMALLEST_LABEL = 11, 10  # capitals, in pixels of the reference canvas
+# heights of capitals, in pixels of the reference canvas
+TITLE_HEIGHT, LETTER_HEIGHT, LABEL_HEIGHT, VALUE_HEIGHT, TICK_HEIGHT = 14, 14, 12, 12, 10
 
 
 @dataclass(frozen=True)
@@ -67,10 +60,10 @@ def _choose_labels(rng: random.Random, kind: str, count: int) -> tuple[str, ...]
         return tuple(rng.sample(LETTERS, count))
     if kind == "horizontal" or (count == 3 and rng.random() < 0.6):
         if rng.random() < 0.65:
-            return tuple(rng.sample(rng.choice(WORD_SETS), count))
+            return tuple(rng.sample(rng.choice(LABEL_SETS), count))
     elif count == 3 and rng.random() < 0.3:
         start = rng.randrange(5)
-        return WORD_SETS[0][start : start + 3]
+        return LABEL_SETS[0][start : start + 3]
     if rng.random() < 0.5:
         start = rng.randrange(len(LETTERS) - count)
         return tuple(LETTERS[start : start + count])
@@ -143,6 +136,11 @@ class _Canvas:
         scale = self.scale
         self.draw.ellipse([scale * edge for edge in (x - radius, y - radius, x + radius, y + radius)], fill)
 
+    def label_height(self, texts: Sequence[str], width: float) -> int:
+        """Of category names: single letters may be larger."""
+        wanted = LETTER_HEIGHT if max(map(len, texts)) == 1 else LABEL_HEIGHT
+        return self.fit(texts, wanted, width)
+
     def width(self, text: str, height: int) -> float:
         return text_width(self.style.face, round(height * self.scale), text) / self.scale
 
@@ -156,29 +154,29 @@ def _draw_title(canvas: _Canvas, chart: Chart) -> float:
     if not chart.title:
         return 6.0
     text = canvas.style.cased(chart.title)
-    canvas.text(REFERENCE_SIZE / 2, 11, text, canvas.fit([text], 13, 130))
-    return 23.0
+    canvas.text(REFERENCE_SIZE / 2, 12, text, canvas.fit([text], TITLE_HEIGHT, 126))
+    return 24.0
 
 
 def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     """Vertical bars or a line over named positions."""
     style, count = canvas.style, len(chart.labels)
-    top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - 21.0
-    left, right = (8.0, REFERENCE_SIZE - 6.0) if chart.printed else (30.0, REFERENCE_SIZE - 5.0)
+    top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - 22.0
+    left, right = (8.0, REFERENCE_SIZE - 6.0) if chart.printed else (33.0, REFERENCE_SIZE - 6.0)
     if chart.printed:
-        top += 17
+        top += 18
         unit = (bottom - top) / max(7, *chart.units)
     else:
         unit = (bottom - top - 3) / 10
         for tick in range(0, 11):
             y = bottom - tick * unit
             if tick % 5 == 0:
-                canvas.text(left - 4, y, str(tick * chart.scale), 9, "rm")
+                canvas.text(left - 4, y, str(tick * chart.scale), TICK_HEIGHT, "rm")
             canvas.line([(left, y), (right, y)], style.grid, 1)
     canvas.line([(left, bottom), (right, bottom)], style.ink, 1)
     slot = (right - left) / count
     shown = [style.cased(label) for label in chart.labels]
-    height = canvas.fit(shown, LABEL_HEIGHT, slot - 3)
+    height = canvas.label_height(shown, slot - 3)
     centers = [left + slot * (index + 0.5) for index in range(count)]
     tops = [bottom - units * unit for units in chart.units]
     half = slot * rng.uniform(0.27, 0.4)
@@ -192,23 +190,24 @@ def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
             canvas.box(x - half, y, x + half, bottom, fill)
         canvas.text(x, bottom + 11, shown[index], height)
         if chart.printed:
-            canvas.text(x, y - (11 if chart.kind == "line" else 9), chart.shown(index), 11)
+            canvas.text(x, y - (12 if chart.kind == "line" else 10), chart.shown(index), VALUE_HEIGHT)
 
 
 def _draw_horizontal(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
+    """Bars to the right, the first one on top."""
     style, count = canvas.style, len(chart.labels)
     top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - (5.0 if chart.printed else 19.0)
     shown = [style.cased(label) for label in chart.labels]
-    height = canvas.fit(shown, LABEL_HEIGHT, 40)
+    height = canvas.label_height(shown, 42)
     left = 12 + max(canvas.width(text, height) for text in shown)
-    right = REFERENCE_SIZE - (24.0 if chart.printed else 10.0)
+    right = REFERENCE_SIZE - (28.0 if chart.printed else 16.0)
     unit = (right - left) / (max(7, *chart.units) if chart.printed else 10)
     if not chart.printed:
         for tick in range(0, 11):
             x = left + tick * unit
             canvas.line([(x, top), (x, bottom)], style.grid, 1)
             if tick % 5 == 0:
-                canvas.text(x, bottom + 10, str(tick * chart.scale), 9)
+                canvas.text(x, bottom + 10, str(tick * chart.scale), TICK_HEIGHT)
     canvas.line([(left, top), (left, bottom)], style.ink, 1)
     slot = (bottom - top) / count
     half = slot * rng.uniform(0.28, 0.4)
@@ -218,10 +217,11 @@ def _draw_horizontal(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
         canvas.box(left, y - half, end, y + half, style.fills[index % len(style.fills)])
         canvas.text(left - 5, y, shown[index], height, "rm")
         if chart.printed:
-            canvas.text(end + 3, y, chart.shown(index), 11, "lm")
+            canvas.text(end + 3, y, chart.shown(index), VALUE_HEIGHT, "lm")
 
 
 def _draw_pie(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
+    """Slices with their value, when the colours are the names, or with their name."""
     style = canvas.style
     top = _draw_title(canvas, chart)
     radius = (REFERENCE_SIZE - top - 6) / 2
@@ -237,7 +237,7 @@ def _draw_pie(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
         reach = radius * (0.62 if units > 1 else 0.74)
         text = chart.shown(index) if chart.printed else style.cased(chart.labels[index])
         ink = (255, 255, 255) if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 140 else (0, 0, 0)
-        canvas.text(x + reach * math.cos(middle), y + reach * math.sin(middle), text, 11, fill=ink)
+        canvas.text(x + reach * math.cos(middle), y + reach * math.sin(middle), text, LETTER_HEIGHT, fill=ink)
         start = end
 
 
@@ -329,7 +329,7 @@ def render_chart(rng: random.Random, test: bool, image_size: int, turns: int) ->
     ask = _Questions(chart)
     makers = [
         (2.0, ask.value), (0.8, ask.find_value), (1.0, ask.maximum), (1.0, ask.minimum), (1.3, ask.compare),
-        (1.0, ask.trend), (0.8, ask.title), (0.4, ask.count), (0.3, ask.kind),
+        (2.5, ask.trend), (1.0, ask.title), (0.4, ask.count), (0.25, ask.kind),
     ]  # fmt: skip
     chosen = choose_turns(rng, makers, turns)
     return Sample(image, "charts", f"{name}. {', '.join(parts)}.", chosen, chart.title in HELD_OUT_TITLES)

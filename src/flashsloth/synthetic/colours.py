@@ -17,10 +17,11 @@ COLOURS: dict[str, RGB] = {
 }
 
 _LIGHT: tuple[RGB, ...] = (
-    (255, 255, 255), (244, 244, 240), (250, 244, 228), (228, 236, 244), (232, 242, 230), (214, 216, 220), (242, 226, 230),
+    (255, 255, 255), (244, 244, 240), (250, 244, 228), (228, 236, 244),
+    (232, 242, 230), (214, 216, 220), (242, 226, 230),
 )  # fmt: skip
 _MIDDLE: tuple[RGB, ...] = ((176, 178, 182), (162, 170, 178), (182, 176, 164))
-_DARK: tuple[RGB, ...] = ((52, 56, 64), (40, 44, 48), (64, 60, 56), (34, 44, 60))
+_DARK: tuple[RGB, ...] = ((52, 56, 64), (40, 44, 48), (64, 60, 56), (36, 40, 46))
 BACKGROUNDS = _LIGHT + _MIDDLE + _DARK
 
 
@@ -40,13 +41,17 @@ def distance(first: RGB, second: RGB) -> float:
     return sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) ** 0.5
 
 
+_FITTING = {
+    name: frozenset(ground for ground in BACKGROUNDS if distance(ground, colour) > 110)
+    for name, colour in COLOURS.items()
+}
+
+
 def choose_background(rng: random.Random, names: Iterable[str]) -> RGB:
     """A background on which all the named colours stand out; light ones are twice as likely."""
-    used = [COLOURS[name] for name in names]
-    fitting = [ground for ground in BACKGROUNDS + _LIGHT if all(distance(ground, colour) > 110 for colour in used)]
-    if not fitting:
-        fitting = list(_MIDDLE)
-    return jitter(rng, rng.choice(fitting), 4)
+    fitting = frozenset(BACKGROUNDS).intersection(*(_FITTING[name] for name in names))
+    candidates = [ground for ground in BACKGROUNDS + _LIGHT if ground in fitting]
+    return jitter(rng, rng.choice(candidates or list(_MIDDLE)), 4)
 
 
 def choose_ink(rng: random.Random) -> tuple[RGB, RGB]:

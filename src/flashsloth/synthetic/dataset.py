@@ -1,11 +1,8 @@
 """`render` one image of a family, or a `SyntheticDataset` of many as chat messages."""
 
-import random
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
-
-import numpy as np
 
 from .charts import CHART_TASKS, render_chart
 from .photos import PHOTO_TASKS, Photographs, render_photo
@@ -111,10 +108,10 @@ class SyntheticDataset:
         """The rendered sample of an index."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} of a dataset of {self.size}")
-        state = np.random.SeedSequence([split_id(self.split), self.seed, index]).generate_state(1, np.uint64)
+        rng = make_generator(self.split, self.seed, index)
+        family = rng.choices(list(self.weights), list(self.weights.values()))[0]
         # even seeds train, odd seeds test
-        seed = int(state[0]) >> 1 << 1 | split_id(self.split)
-        family = random.Random(seed).choices(list(self.weights), list(self.weights.values()))[0]
+        seed = 2 * rng.getrandbits(62) + split_id(self.split)
         return render(family, seed, self.split, image_size=self.image_size, turns=self.turns, photos=self.photos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

