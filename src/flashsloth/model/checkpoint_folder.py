@@ -147,6 +147,9 @@ def _errno_in(message: str) -> int:
 
 
 def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, where the system can (Windows cannot for folders)."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -208,13 +208,13 @@ class _ToOfficial(_Plan):
         super().__init__(source, tensors)
         self.config = FlashSlothConfig.from_pretrained(source)
         self.record = read_json(source / RECORD) if (source / RECORD).is_file() else {}
-        self.embedding_name = next(name for name in tensors.shapes if to_theirs(name) == EMBEDDING)
-        dtype = tensors.dtypes[self.embedding_name]
+        stored = {to_ours(to_theirs(name) or "") or name: name for name in tensors.shapes}
+        self.embedding_name = stored.get(to_ours(EMBEDDING) or "", "")
+        dtype = tensors.dtypes.get(self.embedding_name, torch.float32)
         self.official = config_to_official(self.config, self.record.get("config", {}), _dtype_name(dtype))
-        expected = {to_theirs(name) or name: shape for name, shape in _expected_shapes(self.config).items()}
-        names = {to_theirs(name) or name: name for name in tensors.shapes}
-        _account(source, {name: tensors.shapes[read] for name, read in names.items()}, expected)
-        self.names = {name: names[name] for name in expected}
+        expected = _expected_shapes(self.config)
+        _account(source, {name: tensors.shapes[read] for name, read in stored.items()}, expected)
+        self.names = {to_theirs(name) or name: stored[name] for name in expected}
         recorded = self.record.get("query_tokens", {})
         self.query_dtype = getattr(torch, recorded.get("dtype", _dtype_name(dtype)))
         self.inexact = recorded.get("inexact", [])

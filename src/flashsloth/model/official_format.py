@@ -142,7 +142,7 @@ def config_from_official(
         ValueError: a size cannot be derived, or config.json lacks a field.
     """
     facts = OFFICIAL_FACTS
-    missing = [key for key in ("num_attention_heads", "num_hidden_layers", "hidden_size") if key not in official]
+    missing = [key for key in ("num_attention_heads", "num_hidden_layers", "hidden_size") if official.get(key) is None]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}, which the tensors cannot tell.")
 
@@ -196,7 +196,6 @@ def _vision_config(
     patch_name = _VISION + "embeddings.patch_embedding.weight"
     position_name = _VISION + "embeddings.position_embedding.weight"
     width = official.get("mm_hidden_size") or _size(shapes, patch_name, 0, facts["vision_hidden_size"])
-    patch_size = _size(shapes, patch_name, 3, facts["vision_patch_size"])
     if num_attention_heads is None:
         num_attention_heads, rest = divmod(width, facts["vision_head_width"])
         if rest:
@@ -204,14 +203,14 @@ def _vision_config(
                 f"The vision encoder is {width} wide, no multiple of {facts['vision_head_width']}, the width of a"
                 " SigLIP so400m head; give vision_num_attention_heads."
             )
-    default_side = (image_size or facts["vision_image_size"]) // patch_size
-    num_positions = _size(shapes, position_name, 0, default_side**2)
-    side = math.isqrt(num_positions)
     image_size = facts["vision_image_size"] if image_size is None else image_size
-    if side * side != num_positions or image_size // patch_size != side:
+    likely_patch = _size(shapes, patch_name, 3, facts["vision_patch_size"])
+    num_positions = _size(shapes, position_name, 0, (image_size // likely_patch) ** 2)
+    patch_size = _size(shapes, patch_name, 3, image_size // max(math.isqrt(num_positions), 1))
+    if (image_size // patch_size) ** 2 != num_positions:
         raise ValueError(
             f"{position_name} has {num_positions} positions, but an image of {image_size} pixels has "
-            f"{image_size // patch_size}^2 patches of {patch_size} pixels; give the image_size that the encoder needs."
+            f"{image_size // patch_size}^2 patches of {patch_size} pixels; give the image_size of the encoder."
         )
     layer_prefix = _VISION + "encoder.layers."
     indices = {name.removeprefix(layer_prefix).split(".")[0] for name in shapes if name.startswith(layer_prefix)}
