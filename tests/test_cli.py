@@ -288,6 +288,21 @@ def test_chat_refuses_a_bad_image_before_the_first_question(
     assert "absent.png" in error_of(capsys, "chat", tmp_path / "absent.png", "-m", folder)
 
 
+def test_demo_asks_three_questions_and_shows_every_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = run(capsys, "demo", "-m", folder, "--max-new-tokens", 3)
+    rows = {line.strip().split("  ")[0]: line for line in out.splitlines()}
+    assert code == 0
+    for stage in ("preprocess", "encode", "compress", "prefill", "decode", "total"):
+        assert rows[stage].count(" ms") == 3
+    assert rows["visual tokens"].split()[2:] == ["4", "4", "4"]
+    assert rows["uncompressed"].split()[1:] == ["36", "36", "36"]
+    assert "--model Tongbo/FlashSloth-3.2B" in out
+    assert "flashsloth ask photo.jpg" in out
+
+
 def test_info_counts_what_the_model_has(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     code, out, _ = run(capsys, "info", folder, "--json", "--image-size", "640x480")
     summary = json.loads(out)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flashsloth_cli import options
 
@@ -33,7 +34,7 @@ def demo(
 
     table = Table("", *(sample["image"] for sample in samples), box=None, pad_edge=False)
     table.add_row("question", *(sample["question"] for sample in samples))
-    table.add_row("answer", *(f"[bold]{answer.text}[/bold]" for answer in answers))
+    table.add_row("answer", *(Text(answer.text, style="bold") for answer in answers))
     table.add_row("expected", *(sample["answer"] for sample in samples))
     table.add_row("visual tokens", *(str(answer.visual_tokens) for answer in answers))
     table.add_row("  uncompressed", *(str(answer.uncompressed_tokens) for answer in answers))
@@ -41,12 +42,12 @@ def demo(
         table.add_row(stage, *(options.milliseconds(getattr(answer.timings, stage)) for answer in answers))
     table.add_row("total", *(options.milliseconds(answer.timings.total) for answer in answers))
     table.add_row("new tokens", *(str(answer.new_tokens) for answer in answers))
-    console.print(f"{session.name} on {session.device}, {session.model.dtype}, sample images in {folder}\n")
+    console.print(f"\n{session.name} on {session.device}, {session.model.dtype}, sample images in {folder}\n")
     console.print(table)
     console.print(
         "\nYour own image:\n"
         '  flashsloth ask photo.jpg "What is in the picture?"     (.venv/bin/flashsloth after `make demo`)\n'
-        "\nThe published 3.2B checkpoint (downloaded and converted once, about 7 GB on disk twice):\n"
+        "\nThe published 3.2B checkpoint (downloaded and converted once, 6.4 GB each):\n"
         '  flashsloth ask photo.jpg "What is in the picture?" --model Tongbo/FlashSloth-3.2B\n'
         '  flashsloth ask receipt.jpg "What is the total?" --model Tongbo/FlashSloth_HD-3.2B',
         markup=False,
