@@ -10,7 +10,7 @@ import torch
 from official_fixture import OfficialFixture, expand
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import flashsloth  # noqa: F401 - registers the classes
 from flashsloth.model.convert_official import convert_checkpoint
@@ -266,6 +266,26 @@ def test_tokenizer_from_elsewhere(official: OfficialFixture, tmp_path: Path) -> 
         (source / name).unlink()
     convert_checkpoint(source, tmp_path / "ours", tokenizer=official.tokenizer)
     assert AutoProcessor.from_pretrained(tmp_path / "ours").num_image_tokens == 81
+
+
+def test_back_after_training_elsewhere(
+    official: OfficialFixture, converted: dict[str, Converted], tmp_path: Path
+) -> None:
+    """A folder saved by `save_pretrained` remembers nothing of the authors' files, and still goes back."""
+    ours = converted["hd"]
+    ours.model.save_pretrained(tmp_path / "saved")
+    ours.processor.save_pretrained(tmp_path / "saved")
+    back = convert_checkpoint(tmp_path / "saved", tmp_path / "back", to_official=True)
+    found = load_file(back / "model.safetensors")
+    for name, tensor in official.tensors().items():
+        torch.testing.assert_close(found[name], tensor.float(), atol=1e-6, rtol=0)
+    config = read(back / "config.json")
+    assert (config["image_hd"], config["model_type"], config["torch_dtype"]) == (True, "phi", "float32")
+    text = "USER: a  picture<learnable> ASSISTANT: yes</s>"
+    theirs = AutoTokenizer.from_pretrained(official.tokenizer)
+    returned = AutoTokenizer.from_pretrained(back)
+    assert returned(text).input_ids == theirs(text).input_ids
+    assert len(returned) == len(theirs)
 
 
 def read(file: Path) -> Any:

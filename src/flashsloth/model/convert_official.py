@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 RECORD = "official_checkpoint.json"
 RECORD_VERSION = 1
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 Progress = Callable[[int, int], None]
 
@@ -278,6 +278,8 @@ def _load_tokenizer(folder: Path, config: FlashSlothConfig) -> PreTrainedTokeniz
             raise ValueError(f"The tokenizer in {folder} gives {token} the id {found}, the weights expect {token_id}.")
     tokenizer.eos_token = facts["eos_token"]
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(facts["pad_token_id"])
+    # decoding gives back what was generated, spaces before punctuation included
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     return tokenizer
 
