@@ -10,7 +10,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.finetune.batch_size=8.", show_default=False),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Overrides, such as stages.finetune.batch_size=8.", show_default=False
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
 ) -> None:

@@ -37,8 +37,9 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
     if recipe.checkpoint is not None:
         return load(recipe.checkpoint)
     tokenizer = _tokenizer(recipe)
-    language_weights = _pretrained_language(recipe.language, len(tokenizer)) if isinstance(recipe.language, str) else None
-    if language_weights is not None:
+    language_weights = None
+    if isinstance(recipe.language, str):
+        language_weights = _pretrained_language(recipe.language, len(tokenizer))
         text_config = language_weights.config
     else:
         text_config = _sub_config(recipe.language, vocab_size=len(tokenizer))

@@ -60,14 +60,14 @@ class ModelRecipe:
             for name in fields:
                 if getattr(self, name):
                     raise ValueError(
-                        f"model.checkpoint contradicts model.{name}: a checkpoint already holds it; remove one of the two"
+                        f"model.checkpoint contradicts model.{name}, which the checkpoint already holds; remove one"
                     )
         elif self.vision is None or self.language is None:
             raise ValueError("model needs either model.checkpoint, or both model.vision and model.language")
         for name in ("vision", "language"):
             value = getattr(self, name)
             if isinstance(value, dict) and "model_type" not in value:
-                raise ValueError(f"model.{name} is a sub-configuration and lacks model_type (like siglip_vision_model)")
+                raise ValueError(f"model.{name} is a sub-configuration and lacks model_type (siglip_vision_model)")
         if isinstance(self.language, dict) and self.tokenizer is None:
             raise ValueError("model.language has no tokenizer of its own: give model.tokenizer as well")
 

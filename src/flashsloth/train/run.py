@@ -39,7 +39,7 @@ def run(recipe: Recipe, resume: bool = False) -> Path:
     """
     output_dir = recipe.output_dir
     if not resume and (output_dir / RECIPE_FILE).exists():
-        raise ValueError(f"output_dir {output_dir} already holds a run; pass --resume to continue it, or choose another")
+        raise ValueError(f"output_dir {output_dir} already holds a run; continue it with --resume, or choose another")
     output_dir.mkdir(parents=True, exist_ok=True)
     _record_recipe(recipe, output_dir / RECIPE_FILE)
     set_seed(recipe.seed)
@@ -56,7 +56,9 @@ def run(recipe: Recipe, resume: bool = False) -> Path:
     return output_dir / recipe.stages[-1].name / MODEL_FOLDER
 
 
-def _run_stage(recipe: Recipe, stage: StageRecipe, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor) -> None:
+def _run_stage(
+    recipe: Recipe, stage: StageRecipe, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor
+) -> None:
     stage_dir = recipe.output_dir / stage.name
     stage_dir.mkdir(exist_ok=True)
     dataset = build_dataset(recipe.data[stage.data], stage, recipe.seed, model.config.image_height)

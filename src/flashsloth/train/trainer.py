@@ -77,7 +77,7 @@ class StageTrainer(Trainer):
     ) -> ProgressScheduler:
         if self.lr_scheduler is None:
             steps = None if num_training_steps >= UNLIMITED_STEPS else num_training_steps
-            self.lr_scheduler = ProgressScheduler(self.optimizer if optimizer is None else optimizer, self.stage, steps)
+            self.lr_scheduler = ProgressScheduler(optimizer or self.optimizer, self.stage, steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
