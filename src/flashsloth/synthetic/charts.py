@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from .augment import augment
-from .colours import COLOURS, RGB, choose_ink, distance, jitter
+from .colours import COLOURS, MIN_DISTANCE, RGB, choose_ink, distance, jitter
 from .fonts import FACE_NAMES, draw_text, fit_height, text_width
 from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, yes_no
 from .words import HELD_OUT_TITLES, LABEL_SETS, choose_title
@@ -58,12 +58,12 @@ def _choose_labels(rng: random.Random, kind: str, count: int) -> tuple[str, ...]
         if rng.random() < 0.5:
             return tuple(rng.sample([name for name in COLOURS if name not in ("black", "white")], count))
         return tuple(rng.sample(LETTERS, count))
-    if kind == "horizontal" or (count == 3 and rng.random() < 0.6):
-        if rng.random() < 0.65:
-            return tuple(rng.sample(rng.choice(LABEL_SETS), count))
-    elif count == 3 and rng.random() < 0.3:
-        start = rng.randrange(5)
-        return LABEL_SETS[0][start : start + 3]
+    if rng.random() < (0.65 if kind == "horizontal" else 0.4 if count == 3 else 0.0):
+        names = rng.choice(LABEL_SETS)
+        if kind != "horizontal":  # longer ones would have to be small
+            names = tuple(name for name in names if len(name) <= 3)
+        start = rng.randrange(len(names) - count + 1)
+        return names[start : start + count] if rng.random() < 0.3 else tuple(rng.sample(names, count))
     if rng.random() < 0.5:
         start = rng.randrange(len(LETTERS) - count)
         return tuple(LETTERS[start : start + count])
@@ -99,8 +99,10 @@ def _choose_style(rng: random.Random, chart: Chart) -> Style:
     palette = [colour for name, colour in COLOURS.items() if name not in ("black", "white")]
     if chart.labels[0] in COLOURS:
         fills = [COLOURS[label] for label in chart.labels]
+        while min(distance(fill, paper) for fill in fills) < MIN_DISTANCE:
+            ink, paper = choose_ink(rng)
     else:
-        palette = [colour for colour in palette if distance(colour, paper) > 110]
+        palette = [colour for colour in palette if distance(colour, paper) > MIN_DISTANCE]
         fills = rng.sample(palette, min(len(palette), len(chart.labels)))
         if chart.kind != "pie" and rng.random() < 0.5:
             fills = fills[:1]
@@ -165,9 +167,10 @@ def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     left, right = (8.0, REFERENCE_SIZE - 6.0) if chart.printed else (33.0, REFERENCE_SIZE - 6.0)
     if chart.printed:
         top += 18
-        unit = (bottom - top) / max(7, *chart.units)
+        floor = bottom - 17 if chart.kind == "line" else bottom  # room for numbers below the points
+        unit = (floor - top) / max(7, *chart.units)
     else:
-        unit = (bottom - top - 3) / 10
+        floor, unit = bottom, (bottom - top - 3) / 10
         for tick in range(0, 11):
             y = bottom - tick * unit
             if tick % 5 == 0:
@@ -178,7 +181,7 @@ def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     shown = [style.cased(label) for label in chart.labels]
     height = canvas.label_height(shown, slot - 3)
     centers = [left + slot * (index + 0.5) for index in range(count)]
-    tops = [bottom - units * unit for units in chart.units]
+    tops = [floor - units * unit for units in chart.units]
     half = slot * rng.uniform(0.27, 0.4)
     if chart.kind == "line":
         canvas.line(list(zip(centers, tops, strict=True)), style.fills[0], rng.uniform(2, 3.4))
@@ -190,13 +193,15 @@ def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
             canvas.box(x - half, y, x + half, bottom, fill)
         canvas.text(x, bottom + 11, shown[index], height)
         if chart.printed:
-            canvas.text(x, y - (12 if chart.kind == "line" else 10), chart.shown(index), VALUE_HEIGHT)
+            around = chart.units[max(0, index - 1) : index + 2]
+            offset = 10 if chart.kind != "line" else -12 if chart.units[index] == min(around) else 12
+            canvas.text(x, y - offset, chart.shown(index), VALUE_HEIGHT)
 
 
 def _draw_horizontal(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     """Bars to the right, the first one on top."""
     style, count = canvas.style, len(chart.labels)
-    top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - (5.0 if chart.printed else 19.0)
+    top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - (6.0 if chart.printed else 21.0)
     shown = [style.cased(label) for label in chart.labels]
     height = canvas.label_height(shown, 42)
     left = 12 + max(canvas.width(text, height) for text in shown)

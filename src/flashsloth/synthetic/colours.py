@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable
 
 RGB = tuple[int, int, int]
+MIN_DISTANCE = 110  # between a mark and its ground, Euclidean in RGB
 
 COLOURS: dict[str, RGB] = {
     "red": (218, 32, 36),
@@ -42,7 +43,7 @@ def distance(first: RGB, second: RGB) -> float:
 
 
 _FITTING = {
-    name: frozenset(ground for ground in BACKGROUNDS if distance(ground, colour) > 110)
+    name: frozenset(ground for ground in BACKGROUNDS if distance(ground, colour) > MIN_DISTANCE)
     for name, colour in COLOURS.items()
 }
 

@@ -86,6 +86,9 @@ class Photographs:
                 raise ValueError(f"{path} does not exist; {DIRECTORY_VARIABLE} must name a folder with that file.")
             table = pyarrow.parquet.read_table(path).to_pydict()
         images = table["image"] if "image" in table else table["img"]
+        unknown = {label for label in table["label"] if isinstance(label, str)} - set(CLASS_NAMES)
+        if unknown:
+            raise ValueError(f"{split} holds the labels {sorted(unknown)}; CIFAR-10 has {', '.join(CLASS_NAMES)}.")
         labels = [label if isinstance(label, int) else CLASS_NAMES.index(label) for label in table["label"]]
         offsets = np.cumsum([0, *(len(image["bytes"]) for image in images)])
         return _Store(b"".join(image["bytes"] for image in images), offsets, np.array(labels))

@@ -28,7 +28,7 @@ RADII = {"large": (22, 26), "small": (11, 14)}
 MARGIN = 4  # from an object to the border
 GAP = 7  # between two objects
 MIN_OFFSET = 22  # between the centres of two objects whose positions are compared
-MIDLINE_OFFSET = 14  # from a midline to the centre of an object whose half is asked
+MIDLINE_OFFSET = 17  # from a midline to the centre of an object whose half is asked
 SUPERSAMPLING = 2
 
 

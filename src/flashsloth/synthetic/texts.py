@@ -109,7 +109,7 @@ def _draw_sign(rng: random.Random, test: bool, size: int, style: Style) -> Page:
     word = _words(rng, 1, held_out)[0]
     text, scale = style.cased(word), size / REFERENCE_SIZE
     height = fit_height(style.face, (text,), round(rng.uniform(22, 46) * scale), 122 * scale)
-    room = (REFERENCE_SIZE - 2 * 16) * scale - height
+    room = (REFERENCE_SIZE - 2 * 20) * scale - height
     x, y = size / 2, size / 2 + rng.uniform(-0.5, 0.5) * room
     image = Image.new("RGB", (size, size), style.paper)
     draw, ground = ImageDraw.Draw(image), style.paper

@@ -61,7 +61,7 @@ LABEL_SETS: tuple[tuple[str, ...], ...] = (
 TRAIN_TITLES: tuple[str, ...] = (
     "sales", "speed", "rain", "votes", "score", "users", "goals", "fuel", "heat", "visits", "steps", "calls", "stock",
     "snow", "books", "trips", "wins", "tests", "bikes", "trees", "taxes", "rent", "wages", "sleep", "food", "power",
-    "water", "cars", "crops", "births", "noise", "games", "mail", "trade", "wind", "sun", "miles", "loans", "gold",
+    "water", "cars", "crops", "births", "noise", "games", "mail", "trade", "wind", "tides", "miles", "loans", "gold",
 )  # fmt: skip
 HELD_OUT_TITLES: tuple[str, ...] = (
     "profit", "height", "weight", "budget", "prices", "growth", "demand", "output", "clicks", "oil", "exams", "pets",
