@@ -27,30 +27,30 @@ DEFAULT_CHAT_TEMPLATE = (
     + '"'
     + """) -%}
 {%- set state = namespace(turn=0, asked=false) -%}
-{%- if messages and messages[0].role == 'system' -%}
-    {%- set system = messages[0].content if messages[0].content is string
-        else messages[0].content | map(attribute='text') | join -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] if messages[0]['content'] is string
+        else messages[0]['content'] | map(attribute='text') | join -%}
     {%- set messages = messages[1:] -%}
 {%- else -%}
     {%- set system = default_system_prompt -%}
 {%- endif -%}
 {{- system + ' ' if system else '' -}}
 {%- for message in messages -%}
-    {%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
         {{- raise_exception('roles must alternate user, assistant, user, ... after an optional system message, but '
-            ~ 'message ' ~ loop.index ~ ' has role ' ~ message.role) -}}
+            ~ 'message ' ~ loop.index ~ ' has role ' ~ message['role']) -}}
     {%- endif -%}
-    {%- if message.role == 'user' -%}
+    {%- if message['role'] == 'user' -%}
         {{- 'USER: ' -}}
-        {%- if message.content is string -%}
-            {{- question_marker + message.content -}}
+        {%- if message['content'] is string -%}
+            {{- question_marker + message['content'] -}}
         {%- else -%}
             {%- set state.asked = false -%}
-            {%- for part in message.content -%}
-                {%- if part.type == 'image' -%}
+            {%- for part in message['content'] -%}
+                {%- if part['type'] == 'image' -%}
                     {{- image_token + '\\n' -}}
                 {%- else -%}
-                    {{- ('' if state.asked else question_marker) + part.text -}}
+                    {{- ('' if state.asked else question_marker) + part['text'] -}}
                     {%- set state.asked = true -%}
                 {%- endif -%}
             {%- endfor -%}
@@ -60,8 +60,8 @@ DEFAULT_CHAT_TEMPLATE = (
     {%- else -%}
         {{- ' ASSISTANT:' -}}
         {%- generation -%}
-            {{- ' ' + (message.content if message.content is string
-                else message.content | map(attribute='text') | join) + eos_token -}}
+            {{- ' ' + (message['content'] if message['content'] is string
+                else message['content'] | map(attribute='text') | join) + eos_token -}}
         {%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
@@ -73,10 +73,10 @@ DEFAULT_CHAT_TEMPLATE = (
 PLAIN_CHAT_TEMPLATE = """\
 {%- set image_token = image_token | default('<image>') -%}
 {%- for message in messages -%}
-    {%- if message.role == 'user' -%}
-        {%- for part in message.content -%}{{- image_token -}}{%- endfor -%}
+    {%- if message['role'] == 'user' -%}
+        {%- for part in message['content'] -%}{{- image_token -}}{%- endfor -%}
     {%- else -%}
-        {%- generation -%}{{- message.content + '\\n' -}}{%- endgeneration -%}
+        {%- generation -%}{{- message['content'] + '\\n' -}}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
 """
@@ -138,10 +138,13 @@ class PromptText:
         first_characters = "".join(re.escape(character) for character in sorted({token[0] for token in self.kinds}))
         whole = "|".join(map(re.escape, longest_first))
         partial = "|".join(map(re.escape, sorted(beginnings, key=len, reverse=True))) or "(?!)"
+        self._suspicious = re.compile(f"[{first_characters}{ESCAPE}]")
         self._forged = re.compile(f"(?=[{first_characters}])(?=(?:{whole})|(?:{partial})\\Z)(.)", re.DOTALL)
 
     def escape(self, text: str) -> str:
         """Typed text, so that it stays text inside a prompt."""
+        if self._suspicious.search(text) is None:
+            return text
         return self._forged.sub(rf"\1{ESCAPE}{SEPARATOR}", text.replace(ESCAPE, ESCAPE * 2))
 
     @staticmethod
@@ -210,7 +213,7 @@ def mark_questions(pieces: list[Piece], user_header: str) -> None:
             continue
         texts = [part for part in turn if part.kind is Kind.TEXT]
         for part in reversed(texts):
-            at = part.text.find(user_header)
+            at = part["text"].find(user_header)
             if at >= 0:
                 _mark(part, at + len(user_header))
                 break

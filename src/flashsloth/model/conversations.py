@@ -31,7 +31,10 @@ def normalize_conversation(messages: Any, prompt_text: PromptText) -> tuple[list
     for message in getattr(messages, "messages", messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(f'a message must be a dict with "role" and "content", got {message!r:.100}')
-        clean = {key: _escape_nested(value, prompt_text) for key, value in message.items() if key != "content"}
+        clean = {"role": message["role"]}
+        if len(message) > 2:
+            others = {key: value for key, value in message.items() if key not in ("role", "content")}
+            clean.update(_escape_nested(others, prompt_text))
         content = message.get("content")
         if isinstance(content, str) or content is None:
             clean["content"] = prompt_text.escape(content or "")

@@ -109,6 +109,8 @@ def _to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
         return array.astype(np.uint8) * 255
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return ((array.astype(np.uint32) * 255 + SIXTEEN_BIT_MAX // 2) // SIXTEEN_BIT_MAX).astype(np.uint8)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} has values of type {array.dtype}; pass uint8, uint16, bool, or floats in 0..1")
     lowest, highest = array.min(), array.max()
     if not (lowest >= 0 and highest <= 255):
         raise ValueError(
@@ -195,7 +197,7 @@ def _decode(file: IO[bytes], name: str, max_pixels: int, alpha_background: Seque
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image Pillow can read, or its header is damaged") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}") from error
+        raise ValueError(f"{name} is too large, make it smaller first: {error}") from error
     except DECODE_ERRORS as error:
         raise ValueError(f"{name} is damaged: {error}") from error
     with image:
@@ -216,9 +218,10 @@ def _finish(image: Image.Image, name: str, max_pixels: int, alpha_background: Se
         raise ValueError(f"{name} has no pixels ({width} x {height})")
     try:
         image.load()
-        return _to_rgb(_upright(image), name, alpha_background)
+        upright = _upright(image)
     except DECODE_ERRORS as error:
         raise ValueError(f"{name} is truncated or damaged: {error}") from error
+    return _to_rgb(upright, name, alpha_background)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -241,7 +244,10 @@ def _to_rgb(image: Image.Image, name: str, alpha_background: Sequence[int] | Non
     if alpha_background is not None and image.mode in ("RGBA", "LA", "PA"):
         canvas = Image.new("RGBA", image.size, tuple(alpha_background))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has colour mode {image.mode}, which cannot be turned into RGB: {error}") from error
 
 
 def _deep_grey_to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:

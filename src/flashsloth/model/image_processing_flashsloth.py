@@ -167,7 +167,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
                     alpha_background=background,
                     input_data_format=input_data_format,
                 )
-                levels_IVHWC[index, 0] = np.asarray(image.resize((width, height), resample))
+                levels_IVHWC[index, 0] = np.asarray(_squash(image, (width, height), resample))
                 if grid is not None:
                     levels_IVHWC[index, 1:] = self._tiles(image, height, width, grid, mean, resample)
             except (ValueError, FileNotFoundError) as error:
@@ -194,11 +194,25 @@ IGNORED_KWARGS = frozenset({
 })  # fmt: skip
 
 
-def _resize_padded(image: Image.Image, size: tuple[int, int], color: tuple[int, ...], resample: int) -> Image.Image:
-    """The image padded to a centred square, then resized to (width, height).
+def _squash(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    """Resizes to (width, height), the same under every release of Pillow.
 
-    Pillow resizes rows first and columns second, with 8 bits in between, and rows do not touch each other: doing the
-    first pass on strips of the image alone gives the same pixels and never holds the whole square of a long image.
+    Pillow resizes one axis after the other with 8 bits in between, so their order shows. Before Pillow 13 rows came
+    first; since then columns do where the height shrinks much more than the width. The recorded pixels are of the
+    latter kind.
+    """
+    target_width, target_height = size
+    width, height = image.size
+    shrinks_height_more = height > target_height and height - target_height > 2 * (width - target_width)
+    first = (width, target_height) if shrinks_height_more else (target_width, height)
+    return image.resize(first, resample).resize(size, resample)
+
+
+def _resize_padded(image: Image.Image, size: tuple[int, int], color: tuple[int, ...], resample: int) -> Image.Image:
+    """The image padded to a centred square, then resized to (width, height), rows first.
+
+    Rows do not touch each other in the first pass: strips of the image give the same pixels as the whole square, which
+    is never held (a long image would need a huge one).
     """
     target_width, target_height = size
     width, height = image.size

@@ -4,7 +4,7 @@ Shape suffixes: B rows, T tokens, I images of the batch, V views, C H W pixels, 
 row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,7 +112,7 @@ class FlashSlothProcessor(ProcessorMixin):
                     f"{name} {token!r} is not in the tokenizer's vocabulary; add it with "
                     f"tokenizer.add_tokens([{token!r}], special_tokens=True) and give the model room for it"
                 )
-        self._prompt_text: tuple[int, PromptText] | None = None
+        self._cache: dict[str, tuple[Any, Any]] = {}
         self.image_token_id: int = vocabulary[image_token]
         self.query_token_id: int | None = vocabulary.get(query_token)
 
@@ -186,8 +186,11 @@ class FlashSlothProcessor(ProcessorMixin):
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text must be a string or a list of strings")
         rows = [self.prompt_text.split(prompt) for prompt in prompts]
-        if text_options.get("return_labels"):
-            for row, pieces in enumerate(rows):
+        for row, pieces in enumerate(rows):
+            kinds = {piece.kind for piece in pieces}
+            if self.num_query_tokens and Kind.IMAGE in kinds and Kind.QUERY not in kinds:
+                logger.warning_once(f"A prompt has an image but no {self.query_token}: its answer is made without EmbQ.")
+            if text_options.get("return_labels"):
                 with _naming_row(row, len(rows)):
                     mark_answers(pieces, self.assistant_header, self.tokenizer.eos_token)
         return self._encode_batch(rows, images, text_options, image_options)
@@ -308,11 +311,8 @@ class FlashSlothProcessor(ProcessorMixin):
         }
         return self._stack(rows, np.concatenate(pixels) if pixels else None, options)
 
-    def get_num_multimodal_tokens(self, image_sizes: Sequence[Sequence[int]] | None = None) -> MultiModalData:
-        """Placeholder tokens and views of images of the given (height, width): what serving engines plan with."""
-        return self._get_num_multimodal_tokens(image_sizes)
-
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Placeholder tokens and views of images of the given (height, width): what serving engines plan with."""
         if image_sizes is None:
             return MultiModalData()
         patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
@@ -321,16 +321,29 @@ class FlashSlothProcessor(ProcessorMixin):
     @property
     def prompt_text(self) -> PromptText:
         """Escapes typed text (`prompt_text.escape`) for prompts that are written by hand."""
-        size = len(self.tokenizer)  # tokens may be added later
-        if self._prompt_text is None or self._prompt_text[0] != size:
-            special = {
-                token.content: (token.lstrip, token.rstrip)
-                for token in self.tokenizer.added_tokens_decoder.values()
-                if token.special
-            }
-            text = PromptText(self.image_token, self.query_token, self.question_marker, special)
-            self._prompt_text = (size, text)
-        return self._prompt_text[1]
+        return self._cached("prompt_text", self._make_prompt_text)
+
+    def _make_prompt_text(self) -> PromptText:
+        special = {
+            token.content: (token.lstrip, token.rstrip)
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special
+        }
+        return PromptText(self.image_token, self.query_token, self.question_marker, special)
+
+    def _find_prefix_ids(self) -> list[int]:
+        """What the tokenizer puts before a text, such as a beginning-of-sequence token. (What it puts after a text
+        would end the prompt before the answer.)"""
+        plain = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        full = self.tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+        return full[: full.index(plain[0])]
+
+    def _cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """A value derived from the tokenizer, made anew when tokens were added or its prefix switched."""
+        key = (len(self.tokenizer), getattr(self.tokenizer, "add_bos_token", None))
+        if self._cache.get(name, (None,))[0] != key:
+            self._cache[name] = (key, make())
+        return self._cache[name][1]
 
     def _template(self, name_or_template: str | None) -> str:
         own = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -426,20 +439,13 @@ class FlashSlothProcessor(ProcessorMixin):
 
     def _expansion(self, rows: list[list[Piece]], add_special_tokens: bool) -> Expansion:
         special = {piece.text for pieces in rows for piece in pieces if piece.kind is Kind.TOKEN}
-        prefix: list[int] = []
-        if add_special_tokens:
-            # What the tokenizer puts before a text, such as a beginning-of-sequence token; what it puts after would
-            # end the prompt before the answer.
-            plain = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-            full = self.tokenizer(PROBE, add_special_tokens=True)["input_ids"]
-            prefix = full[: full.index(plain[0])]
         return Expansion(
             image_token_id=self.image_token_id,
             num_image_tokens=self.num_image_tokens,
             query_token_id=self.query_token_id,
             num_query_tokens=self.num_query_tokens,
             token_ids={token: self.tokenizer.convert_tokens_to_ids(token) for token in special},
-            prefix_ids=prefix,
+            prefix_ids=self._cached("prefix_ids", self._find_prefix_ids) if add_special_tokens else (),
         )
 
     def _stack(self, rows: Sequence[Features], pixels: np.ndarray | None, options: Mapping[str, Any]) -> BatchFeature:

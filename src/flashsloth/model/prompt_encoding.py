@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens, K images of a row, G query groups of a row.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,9 +71,9 @@ def encode_pieces(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansi
         if piece.kind is Kind.TEXT:
             if piece.text:
                 row.ids += encodings[piece.text].ids
-            first = 0
-            if previous is Kind.IMAGE and piece.text.startswith("\n"):  # ends the placeholder's line, asks nothing
-                first = int(np.searchsorted(_token_ends(encodings[piece.text]), 1, side="right"))
+            # A newline right after an image ends the placeholder's line and is not asked.
+            is_line_end = previous is Kind.IMAGE and piece.text.startswith("\n")
+            first = _token_at(encodings, piece.text, 1, inclusive=False) if is_line_end else 0
             at, text_at = 0, 0
             for offset, kind in (*piece.marks, (len(piece.text), None)):
                 stop = _token_at(encodings, piece.text, offset, inclusive=kind is Kind.ANSWER_END)
@@ -111,11 +112,6 @@ def _begins_with(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansio
     return expansion.token_ids[pieces[0].text] == expansion.prefix_ids[0]
 
 
-def _token_ends(encoding: Any) -> np.ndarray:
-    ends = np.fromiter((stop for _, stop in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
-    return np.maximum.accumulate(ends)
-
-
 def _token_at(encodings: Mapping[str, Any], text: str, offset: int, inclusive: bool) -> int:
     """Index of the first token that reaches beyond a character offset (`inclusive`: that begins at or after it)."""
     if not text or offset == 0:
@@ -123,10 +119,8 @@ def _token_at(encodings: Mapping[str, Any], text: str, offset: int, inclusive: b
     encoding = encodings[text]
     if offset == len(text):
         return len(encoding.ids)
-    ends = _token_ends(encoding)
-    if inclusive:
-        return min(int(np.searchsorted(ends, offset, side="left")) + 1, len(ends))
-    return int(np.searchsorted(ends, offset, side="right"))
+    ends = [stop for _, stop in encoding.offsets]
+    return min(bisect_left(ends, offset) + 1, len(ends)) if inclusive else bisect_right(ends, offset)
 
 
 def _to_features(row: _Row) -> Features:
