@@ -22,7 +22,7 @@ class Collator:
     Args:
         template: `plain` (captions) or `chat` (conversations).
         max_length: longest row in tokens. A longer conversation loses whole turns from its end, a longer caption its
-            last words; both are logged.
+            last words.
         pad_to_multiple_of: lengths are rounded up to this, so that fewer distinct shapes are compiled.
     """
 
@@ -102,5 +102,5 @@ class Collator:
                 f"a conversation of {length} tokens exceeds max_length {self.max_length} and its last turn brings an "
                 "image; raise max_length"
             )
-        logger.info("dropped the last turn of a conversation of %d tokens (max_length %d)", length, self.max_length)
+        logger.debug("dropped the last turn of a conversation of %d tokens (max_length %d)", length, self.max_length)
         return messages[:last]

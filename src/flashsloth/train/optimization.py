@@ -100,10 +100,72 @@ class ProgressScheduler(LRScheduler):
         self._clock = time.monotonic()
 
 
+# Coefficients of the quintic iteration that drives singular values towards 1 (Jordan et al., 2024, "Muon").
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices_NRC: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Replace each matrix by (about) the nearest one with orthonormal rows or columns.
+
+    Args:
+        matrices_NRC: (N, R, C) matrices of one shape, computed together.
+    """
+    # torch.optim.Muon computes this in bfloat16, which processors without such units emulate at a fraction of the rate
+    dtype = torch.float32 if matrices_NRC.device.type == "cpu" else torch.bfloat16
+    is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = (matrices_NRC.mT if is_tall else matrices_NRC).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices_NRC.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for the matrices between hidden spaces.
+
+    The update is scaled to the size of AdamW's, so that learning rates carry over (arXiv 2502.16982). Matrices of one
+    shape are computed together.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                self._update(parameters, group, 0.2 * max(shape) ** 0.5)
+        return loss
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any], scale: float) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momenta.append(state["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        updates = orthogonalise(torch.stack(nesterov)).unbind()
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * scale)
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the matrices between hidden spaces, AdamW for everything else, as one optimiser."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.muon, self.adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._link()
@@ -164,11 +226,8 @@ def build_optimizer(model: nn.Module, stage: StageRecipe, decay_names: Iterable[
         return torch.optim.AdamW(options(False), lr=stage.learning_rate, betas=betas, fused=True)
     if not options(True):
         raise ValueError(f"stage {stage.name!r}: optimizer: muon, but train lists no part with a matrix; use adamw")
-    # match_rms_adamw scales the update to AdamW's size, so that learning rates carry over (arXiv 2502.16982)
-    muon = torch.optim.Muon(
-        options(True), lr=stage.learning_rate, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return MuonWithAdamW(muon, torch.optim.AdamW(options(False), lr=stage.learning_rate, betas=betas, fused=True))
+    adamw = torch.optim.AdamW(options(False), lr=stage.learning_rate, betas=betas, fused=True)
+    return MuonWithAdamW(Muon(options(True), lr=stage.learning_rate), adamw)
 
 
 def _learning_rate(stage: StageRecipe, part: str, is_matrix: bool) -> float:

@@ -1,0 +1,235 @@
+"""Exact match of a model on held-out synthetic images, by task and family, and ablations of the loaded model."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..data.dataset import resolve_folder
+from ..model.compressors import COMPRESSORS
+from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..model.processing_flashsloth import FlashSlothProcessor
+from ..synthetic import Photographs, SyntheticDataset, exact_match
+
+ALL = "all"
+
+
+@dataclass
+class Score:
+    """Correct answers among the questions of one kind."""
+
+    correct: int = 0
+    total: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total if self.total else float("nan")
+
+    def add(self, is_correct: bool) -> None:
+        self.correct += is_correct
+        self.total += 1
+
+
+@dataclass
+class Report:
+    """Result of one evaluation; the keys of `tasks` are `family/task`."""
+
+    settings: dict[str, Any]
+    overall: Score = field(default_factory=Score)
+    held_out: Score = field(default_factory=Score)
+    families: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
+    tasks: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
+    majority: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
+    """The answer most frequent for the task in the training split, by task, by family and over all."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, accuracies included."""
+
+        def plain(score: Score) -> dict[str, Any]:
+            return {**asdict(score), "accuracy": round(score.accuracy, 4) if score.total else None}
+
+        tables = {
+            name: {key: plain(score) for key, score in sorted(getattr(self, name).items())}
+            for name in ("families", "tasks", "majority")
+        }
+        return {
+            "settings": self.settings,
+            "overall": plain(self.overall),
+            "held_out_combinations": plain(self.held_out),
+            **tables,
+        }
+
+
+@contextmanager
+def zeroed_embedded_query(model: FlashSlothForConditionalGeneration) -> Iterator[None]:
+    """Inside, the embedded query module adds nothing to the query tokens.
+
+    Raises:
+        ValueError: the model has no such module.
+    """
+    if model.model.embedded_query is None:
+        raise ValueError("the model has no embedded query module to zero (num_query_tokens is 0)")
+
+    def add_nothing(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    # the update of the queries is the output of the last linear layer
+    handle = model.model.embedded_query.up_projection.register_forward_hook(add_nothing)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_compressor(model: FlashSlothForConditionalGeneration, name: str) -> Iterator[None]:
+    """Inside, another compressor stands in place of the trained one, without retraining.
+
+    Raises:
+        ValueError: unknown name, or one whose tokens do not fit the projector and the prompt.
+    """
+    if name not in COMPRESSORS:
+        raise ValueError(f"unknown compressor {name!r}; known are {', '.join(COMPRESSORS)}")
+    config = model.config
+    other = COMPRESSORS[name](config.vision_config.hidden_size, config.compressor_window, 0.0)
+    original = model.model.compressor
+    if other.out_features != original.out_features or other.uses_window != original.uses_window:
+        raise ValueError(f"compressor {name!r} gives other tokens than {config.compressor!r}; it needs retraining")
+    model.model.compressor = other.to(model.device, model.dtype).eval()
+    try:
+        yield
+    finally:
+        model.model.compressor = original
+
+
+def majority_answers(dataset: SyntheticDataset) -> dict[str, str]:
+    """The most frequent answer of each task of a (training) dataset, keys `family/task`."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        for turn in sample.turns:
+            counts[f"{sample.family}/{turn.task}"][turn.answer] += 1
+    return {task: answers.most_common(1)[0][0] for task, answers in counts.items()}
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    images: Sequence[Any],
+    questions: Sequence[str],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers, each question a conversation of its own; an image that repeats is encoded once.
+
+    Args:
+        images: the image of each question.
+    """
+    unique = list({id(image): image for image in images}.values())
+    rows = {id(image): row for row, image in enumerate(unique)}
+    pixel_values = processor.image_processor(unique, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    encoded = model.get_image_features(pixel_values)
+    index = torch.tensor([rows[id(image)] for image in images], device=model.device)
+    conversations = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        for question in questions
+    ]
+    batch = processor.apply_chat_template(
+        conversations,
+        return_pixel_values=False,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    ).to(model.device)
+    features = BaseModelOutputWithPooling(
+        last_hidden_state=encoded.last_hidden_state[index], pooler_output=encoded.pooler_output[index]
+    )
+    tokens = model.generate(**batch, image_features=features, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = tokens[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def evaluate(
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    *,
+    split: str = "test",
+    count: int = 1000,
+    seed: int = 0,
+    families: Sequence[str] | None = None,
+    turns: int = 6,
+    photos: str | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    majority_images: int = 2000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Ask `turns` questions about each of `count` images.
+
+    Args:
+        split: `test` holds what training never sees: its own seeds, photographs, words and combinations.
+        families: default all, in equal shares.
+        photos: folder of the CIFAR-10 parquet files (or `$VARIABLE`), for the photo family.
+        batch_size: questions a batch.
+        majority_images: training images from which the majority answers are counted.
+        progress: called with (images done, count).
+    """
+    options = {
+        "weights": None if families is None else dict.fromkeys(families, 1.0),
+        "image_size": model.config.image_height,
+        "turns": turns,
+        "photos": Photographs(resolve_folder(photos)),
+    }
+    report = Report(
+        {"split": split, "count": count, "seed": seed, "turns": turns, "families": list(families or [ALL])}
+    )
+    majority = majority_answers(SyntheticDataset("train", majority_images, seed, **options))
+    dataset = SyntheticDataset(split, count, seed, **options)
+    model.eval()
+    pending: list[tuple[Any, Any, bool, Any]] = []
+    for index in range(count):
+        sample = dataset.sample(index)
+        pending += [(sample.image, sample.family, sample.held_out, turn) for turn in sample.turns]
+        while len(pending) >= batch_size or (pending and index == count - 1):
+            _score(report, model, processor, pending[:batch_size], max_new_tokens, majority)
+            del pending[:batch_size]
+        if progress is not None:
+            progress(index + 1, count)
+    return report
+
+
+def _score(
+    report: Report,
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    questions: Sequence[tuple[Any, str, bool, Any]],
+    max_new_tokens: int,
+    majority: dict[str, str],
+) -> None:
+    images = [image for image, _, _, _ in questions]
+    answers = answer_batch(model, processor, images, [turn.question for *_, turn in questions], max_new_tokens)
+    for (_, family, held_out, turn), answer in zip(questions, answers, strict=True):
+        task = f"{family}/{turn.task}"
+        is_correct = exact_match(answer, turn.answer)
+        scores: Iterable[Score] = (report.overall, report.families[family], report.tasks[task])
+        for score in scores:
+            score.add(is_correct)
+        if held_out:
+            report.held_out.add(is_correct)
+        for key in (ALL, family, task):
+            report.majority[key].add(exact_match(majority.get(task, ""), turn.answer))
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Save the report as JSON."""
+    path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
