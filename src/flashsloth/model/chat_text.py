@@ -101,11 +101,16 @@ class Kind(Enum):
 
 @dataclass
 class Piece:
-    """A stretch of text to tokenise as a whole, or one token. `marks` are (offset in `text`, kind), in order."""
+    """A stretch of text to tokenise as a whole, or one token.
+
+    `marks` are (offset in `text`, kind), in order; `ids` the token ids of a text and `ends` where in it each ends.
+    """
 
     kind: Kind
     text: str
     marks: list[tuple[int, Kind]] = field(default_factory=list)
+    ids: Sequence[int] = ()
+    ends: Sequence[int] = ()
 
 
 class PromptText:

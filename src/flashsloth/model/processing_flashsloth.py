@@ -35,6 +35,7 @@ from .prompt_encoding import (
     encode_pieces,
     fit_to_length,
     pad_features,
+    tokenize_pieces,
 )
 
 logger = logging.get_logger(__name__)
@@ -189,7 +190,9 @@ class FlashSlothProcessor(ProcessorMixin):
         for row, pieces in enumerate(rows):
             kinds = {piece.kind for piece in pieces}
             if self.num_query_tokens and Kind.IMAGE in kinds and Kind.QUERY not in kinds:
-                logger.warning_once(f"A prompt has an image but no {self.query_token}: its answer is made without EmbQ.")
+                logger.warning_once(
+                    f"A prompt has an image but no {self.query_token}: its answer is made without EmbQ."
+                )
             if text_options.get("return_labels"):
                 with _naming_row(row, len(rows)):
                     mark_answers(pieces, self.assistant_header, self.tokenizer.eos_token)
@@ -338,6 +341,12 @@ class FlashSlothProcessor(ProcessorMixin):
         full = self.tokenizer(PROBE, add_special_tokens=True)["input_ids"]
         return full[: full.index(plain[0])]
 
+    def _find_guard(self) -> str:
+        """Non-empty for tokenizers that open a text with a token of its own, but not a text after a special token."""
+        alone = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        after = self.tokenizer(self.image_token + PROBE, add_special_tokens=False)["input_ids"]
+        return "" if after[1:] == alone else "\n"
+
     def _cached(self, name: str, make: Callable[[], Any]) -> Any:
         """A value derived from the tokenizer, made anew when tokens were added or its prefix switched."""
         key = (len(self.tokenizer), getattr(self.tokenizer, "add_bos_token", None))
@@ -404,20 +413,7 @@ class FlashSlothProcessor(ProcessorMixin):
             for row, pieces in enumerate(rows):
                 with _naming_row(row, len(rows)):
                     mark_questions(pieces, self.user_header)
-        texts = list({piece.text for pieces in rows for piece in pieces if piece.kind is Kind.TEXT and piece.text})
-        encodings: dict[str, Any] = {}
-        if texts:
-            encoded = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            encodings = dict(zip(texts, encoded.encodings, strict=True))
+        tokenize_pieces(rows, self.tokenizer, self._cached("guard", self._find_guard))
         expansion = self._expansion(rows, options.get("add_special_tokens") is not False)
         limit, limit_name = options.get("max_length"), "max_length"
         if limit is None:
@@ -426,7 +422,7 @@ class FlashSlothProcessor(ProcessorMixin):
         features = []
         for row, pieces in enumerate(rows):
             with _naming_row(row, len(rows)):
-                encoded_row = encode_pieces(pieces, encodings, expansion)
+                encoded_row = encode_pieces(pieces, expansion)
                 if limit < NO_LIMIT:
                     side = self.tokenizer.truncation_side
                     encoded_row = fit_to_length(encoded_row, limit, truncation, side, expansion, limit_name)

@@ -47,12 +47,52 @@ class _Row:
     queries: list[int] = field(default_factory=list)
 
 
-def encode_pieces(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansion: Expansion) -> Features:
+def tokenize_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any, guard: str) -> None:
+    """Sets `ids` and `ends` of all text pieces, with one call of the tokenizer for all their different texts.
+
+    Args:
+        guard: "", or a text put before all but a row's first piece, and taken away again, so that a tokenizer that
+            opens a text with a token of its own opens only the row with it.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for row in rows:
+        for index, piece in enumerate(row):
+            if piece.kind is Kind.TEXT and piece.text:
+                pieces.setdefault((guard if index else "") + piece.text, []).append(piece)
+    if not pieces:
+        return
+    guard_ids = _tokenize([guard], tokenizer)[0].ids if guard else []
+    for (text, same), encoding in zip(pieces.items(), _tokenize(list(pieces), tokenizer), strict=True):
+        extra = len(text) - len(same[0].text)
+        skip = len(guard_ids) if extra else 0
+        if skip and encoding.ids[:skip] != guard_ids:
+            encoding, extra, skip = _tokenize([same[0].text], tokenizer)[0], 0, 0
+        is_marked = any(piece.marks for piece in same) or same[0].text.startswith("\n")
+        ends = [stop - extra for _, stop in encoding.offsets[skip:]] if is_marked else ()
+        ids = encoding.ids[skip:]
+        for piece in same:
+            piece.ids, piece.ends = ids, ends
+
+
+def _tokenize(texts: list[str], tokenizer: Any) -> list[Any]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded.encodings
+
+
+def encode_pieces(pieces: Sequence[Piece], expansion: Expansion) -> Features:
     """One row, unpadded.
 
     Args:
-        pieces: the prompt; answers and questions marked.
-        encodings: result of the tokenizer (`tokenizers.Encoding`) for the text of every text piece.
+        pieces: the prompt; texts tokenised, answers and questions marked.
 
     Returns:
         input_ids, attention_mask, question_ids, labels (T,), image_positions (K,), query_positions (G,); int64.
@@ -61,7 +101,7 @@ def encode_pieces(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansi
         ValueError: an empty question.
     """
     row = _Row()
-    if list(expansion.prefix_ids) and not _begins_with(pieces, encodings, expansion):
+    if not _begins_with_prefix(pieces, expansion):
         row.ids += expansion.prefix_ids
     asking = answering = asked = False
     pending: list[tuple[int, int]] = []
@@ -69,14 +109,13 @@ def encode_pieces(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansi
     for piece in pieces:
         start = len(row.ids)
         if piece.kind is Kind.TEXT:
-            if piece.text:
-                row.ids += encodings[piece.text].ids
-            # A newline right after an image ends the placeholder's line and is not asked.
-            is_line_end = previous is Kind.IMAGE and piece.text.startswith("\n")
-            first = _token_at(encodings, piece.text, 1, inclusive=False) if is_line_end else 0
+            row.ids += piece.ids
+            # A newline after an image inside a question ends the placeholder's line and is not asked.
+            is_line_end = asking and previous is Kind.IMAGE and piece.text.startswith("\n")
+            first = _token_at(piece, 1, inclusive=False) if is_line_end else 0
             at, text_at = 0, 0
             for offset, kind in (*piece.marks, (len(piece.text), None)):
-                stop = _token_at(encodings, piece.text, offset, inclusive=kind is Kind.ANSWER_END)
+                stop = _token_at(piece, offset, inclusive=kind is Kind.ANSWER_END)
                 if asking and max(at, first) < stop:
                     pending.append((start + max(at, first), start + stop))
                     asked = asked or bool(piece.text[text_at:offset].strip())
@@ -106,21 +145,21 @@ def encode_pieces(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansi
     return _to_features(row)
 
 
-def _begins_with(pieces: Sequence[Piece], encodings: Mapping[str, Any], expansion: Expansion) -> bool:
-    if not pieces or pieces[0].kind is not Kind.TOKEN:
+def _begins_with_prefix(pieces: Sequence[Piece], expansion: Expansion) -> bool:
+    if not expansion.prefix_ids or not pieces or pieces[0].kind is not Kind.TOKEN:
         return False
     return expansion.token_ids[pieces[0].text] == expansion.prefix_ids[0]
 
 
-def _token_at(encodings: Mapping[str, Any], text: str, offset: int, inclusive: bool) -> int:
+def _token_at(piece: Piece, offset: int, inclusive: bool) -> int:
     """Index of the first token that reaches beyond a character offset (`inclusive`: that begins at or after it)."""
-    if not text or offset == 0:
+    if offset == 0:
         return 0
-    encoding = encodings[text]
-    if offset == len(text):
-        return len(encoding.ids)
-    ends = [stop for _, stop in encoding.offsets]
-    return min(bisect_left(ends, offset) + 1, len(ends)) if inclusive else bisect_right(ends, offset)
+    if offset == len(piece.text):
+        return len(piece.ids)
+    if inclusive:
+        return min(bisect_left(piece.ends, offset) + 1, len(piece.ids))
+    return bisect_right(piece.ends, offset)
 
 
 def _to_features(row: _Row) -> Features:
