@@ -237,6 +237,12 @@ def test_a_config_that_is_no_json_object(broken: Path, content: str) -> None:
         hub.resolve(broken)
 
 
+def test_a_folder_without_a_processor(broken: Path) -> None:
+    (broken / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="no processor"):
+        load(broken, device="cpu")
+
+
 def test_a_pickle_checkpoint_is_refused(broken: Path) -> None:
     (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickle"):

@@ -5,11 +5,13 @@ Importing the package registers its classes with the Auto classes of transformer
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+
+# From its module: transformers 5.16 offers the name at its top level only where torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .model.configuration_flashsloth import FlashSlothConfig
 from .model.image_processing_flashsloth import FlashSlothImageProcessor
@@ -22,7 +24,7 @@ AutoConfig.register(FlashSlothConfig.model_type, FlashSlothConfig)
 AutoModel.register(FlashSlothConfig, FlashSlothModel)
 AutoModelForImageTextToText.register(FlashSlothConfig, FlashSlothForConditionalGeneration)
 AutoProcessor.register(FlashSlothConfig, FlashSlothProcessor)
-AutoImageProcessor.register(FlashSlothConfig, slow_image_processor_class=FlashSlothImageProcessor)
+AutoImageProcessor.register(FlashSlothConfig, image_processor_classes={"pil": FlashSlothImageProcessor})
 
 __all__ = [
     "FlashSlothConfig",

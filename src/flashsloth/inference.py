@@ -118,6 +118,8 @@ def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dty
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
     target = select_device(device)
     folder = hub.resolve(name)
+    if not (folder / "processor_config.json").is_file():
+        raise ValueError(f"{folder} has no processor (processor_config.json); was the checkpoint without a tokenizer?")
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     model = load_model(folder, wanted)
     processor = FlashSlothProcessor.from_pretrained(folder)
@@ -425,7 +427,7 @@ class Conversation:
         if cache is None or shared < self._prompt_length or (cut and any(cache.is_sliding)):
             return DynamicCache(config=self.session.config.text_config), 0
         if cut:
-            cache.crop(shared)
+            cache.crop(shared - len(self._cached_ids))
         return cache, shared
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from official_fixture import OfficialFixture
+from transformers import AutoTokenizer
 
 from flashsloth_cli.main import main
 
@@ -38,7 +39,5 @@ def test_the_recorded_answer(
     assert answers[0]["visual_tokens"] == (405 if image_hd else 81)
     assert answers[0]["uncompressed_tokens"] == 729 * (5 if image_hd else 1)
     assert len(list((cache_folder / "converted").iterdir())) == 1
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(official.tokenizer)
     assert answers[0]["text"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
