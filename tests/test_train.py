@@ -1,0 +1,247 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.data.collator import Collator
+from flashsloth.data.dataset import LlavaSamples, build_dataset
+from flashsloth.data.schema import Sample
+from flashsloth.train.build import build
+from flashsloth.train.evaluate_synthetic import answer_batch, evaluate, replaced_compressor, zeroed_embedded_query
+from flashsloth.train.freeze import PART_NAMES, part_of, set_trainable_parts
+from flashsloth.train.optimization import ProgressScheduler, build_optimizer, orthogonalise
+from flashsloth.train.recipe import LlavaData, Recipe, load_recipe
+from flashsloth.train.run import run
+
+DEBUG = Path(__file__).parents[1] / "configs" / "debug" / "two_stages.yaml"
+
+
+def debug_recipe(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(DEBUG, [f"output_dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def built():
+    return build(load_recipe(DEBUG).model)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "debug"
+    return run(debug_recipe(folder))
+
+
+def log_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture()
+def samples(built):
+    recipe = load_recipe(DEBUG)
+    dataset = build_dataset(recipe.data["scenes"], recipe.stages[1], 0, built[0].config.image_height)
+    return [dataset[index] for index in range(3)]
+
+
+@pytest.mark.parametrize("stage_index", [0, 1])
+def test_gradients_reach_exactly_the_parts_of_the_stage(built, samples, stage_index):
+    model, processor = built
+    stage = load_recipe(DEBUG).stages[stage_index]
+    set_trainable_parts(model, stage.train)
+    model.train().zero_grad()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = Collator(processor, stage.template, stage.max_length)(samples)
+    model(**batch, use_cache=False).loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    assert {part_of(name) for name, gradient in gradients.items() if gradient.any()} == set(stage.train)
+    build_optimizer(model, stage, ()).step()
+    for name, value in model.named_parameters():
+        unchanged = torch.equal(before[name], value)
+        assert unchanged if part_of(name) not in stage.train else not (unchanged and value.grad.any()), name
+    model.load_state_dict(before)
+
+
+def test_every_parameter_has_a_part_and_unknown_ones_are_refused(built):
+    assert {part_of(name) for name, _ in built[0].named_parameters()} == set(PART_NAMES)
+    with pytest.raises(ValueError, match=r"model\.connector\.weight"):
+        part_of("model.connector.weight")
+
+
+def test_a_part_without_parameters_is_reported(built, caplog):
+    recipe = load_recipe(DEBUG, ["model.config.compressor=average"])
+    with caplog.at_level(logging.WARNING):
+        set_trainable_parts(build(recipe.model)[0], ["compressor", "projector"])
+    assert "compressor" in caplog.text
+
+
+def test_labels_cover_answers_and_their_end_only(built, samples):
+    processor = built[1]
+    batch = Collator(processor, "chat", 256)(samples)
+    for labels, ids, sample in zip(batch["labels"], batch["input_ids"], samples, strict=True):
+        learned = labels[labels != -100]
+        assert torch.equal(learned, ids[labels != -100])
+        answers = [m["content"][0]["text"] for m in sample.messages if m["role"] == "assistant"]
+        text = processor.tokenizer.decode(learned)
+        assert text.split("</s>") == [f" {answer}" for answer in answers] + [""]
+
+
+def test_captions_are_learned_whole_and_nothing_else(built, samples):
+    processor = built[1]
+    batch = Collator(processor, "plain", 256)(samples)
+    for labels, sample in zip(batch["labels"], samples, strict=True):
+        assert processor.tokenizer.decode(labels[labels != -100]) == sample.caption + "\n"
+    assert "query_positions" not in batch
+
+
+def test_turns_that_do_not_fit_are_dropped_whole(built, samples):
+    processor = built[1]
+    full = Collator(processor, "chat", 256)(samples[:1])
+    length = int(full["attention_mask"].sum())
+    short = Collator(processor, "chat", length - 1, pad_to_multiple_of=8)(samples[:1])
+    assert short["query_positions"].shape[1] == full["query_positions"].shape[1] - 1
+    assert short["input_ids"].shape[1] % 8 == 0
+    kept = int(short["attention_mask"].sum())
+    assert torch.equal(short["input_ids"][0, :kept], full["input_ids"][0, :kept])
+    with pytest.raises(ValueError, match="max_length"):
+        Collator(processor, "chat", 4)(samples[:1])
+
+
+def test_the_model_folder_loads_and_generates(trained, samples):
+    model = FlashSlothForConditionalGeneration.from_pretrained(trained)
+    processor = FlashSlothProcessor.from_pretrained(trained)
+    answers = answer_batch(model.eval(), processor, [samples[0].images[0]] * 2, ["what shape is it?", "how many?"], 3)
+    assert len(answers) == 2
+    card = (trained / "README.md").read_text()
+    assert "pretrain" in card and "finetune" in card and "output_dir" in card
+
+
+def test_the_loss_falls_and_the_log_has_every_step(tmp_path):
+    run(debug_recipe(tmp_path / "run", "stages.finetune.max_steps=30", "stages.finetune.learning_rate=1e-2"))
+    rows = [row for row in log_rows(tmp_path / "run") if row["stage"] == "finetune"]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_resume_continues_as_if_nothing_had_happened(trained, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "debug"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flashsloth.train.callbacks.Clock.on_save", interrupted)
+        run(debug_recipe(folder, "stages.pretrain.max_steps=4"))
+    with pytest.raises(ValueError, match="--resume"):
+        run(debug_recipe(folder))
+    resumed = run(debug_recipe(folder), resume=True)
+    once = FlashSlothForConditionalGeneration.from_pretrained(trained).state_dict()
+    again = FlashSlothForConditionalGeneration.from_pretrained(resumed).state_dict()
+    for name, value in once.items():
+        assert torch.equal(value, again[name]), name
+    steps = [(row["stage"], row["step"], row["loss"]) for row in log_rows(folder)]
+    assert steps == [(row["stage"], row["step"], row["loss"]) for row in log_rows(trained.parents[1])]
+
+
+def test_the_clock_ends_a_stage_and_its_schedule(tmp_path):
+    overrides = ["stages.finetune.max_steps=null", "stages.finetune.max_minutes=0.02", "stages.pretrain.max_steps=1"]
+    run(debug_recipe(tmp_path / "run", *overrides))
+    *_, previous, last = log_rows(tmp_path / "run")
+    assert previous["seconds"] < 1.2 <= last["seconds"]
+    assert last["learning_rate"] < previous["learning_rate"] < 1e-3
+
+
+def test_time_used_survives_a_resume(built):
+    stage = load_recipe(DEBUG, ["stages.finetune.max_steps=null", "stages.finetune.max_minutes=1"]).stages[1]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = ProgressScheduler(optimizer, stage, None)
+    scheduler.elapsed_seconds = 59.0
+    state = scheduler.state_dict()
+    resumed = ProgressScheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), stage, None)
+    resumed.load_state_dict(state)
+    assert resumed.progress == pytest.approx(59 / 60) and not resumed.is_over
+
+
+def test_muon_updates_are_orthogonal_and_its_state_survives(built):
+    torch.manual_seed(0)
+    singular = torch.linalg.svdvals(orthogonalise(torch.randn(3, 8, 24)))
+    assert singular.min() > 0.5 and singular.max() < 1.5
+    recipe = load_recipe(DEBUG, ["stages.finetune.optimizer=muon"])
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.projector = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    optimizer = build_optimizer(model, recipe.stages[1], ())
+    kinds = [len(group["params"]) for group in optimizer.param_groups]
+    assert kinds == [1, 1]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    copy = build_optimizer(model, recipe.stages[1], ())
+    copy.load_state_dict(optimizer.state_dict())
+    weight = model.model.projector[0].weight
+    assert torch.equal(copy.muon.state[weight]["momentum"], optimizer.muon.state[weight]["momentum"])
+
+
+def llava_folder(tmp_path: Path) -> LlavaData:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not an image")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A <image> of black."}]
+    records = [
+        {"id": "good", "image": "a.png", "conversations": turns},
+        {"id": "corrupt", "image": "b.png", "conversations": turns},
+        {"id": "absent", "image": "c.png", "conversations": turns},
+        {"id": "unpaired", "conversations": turns},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return LlavaData(kind="llava", path=tmp_path / "data.json", image_folder=tmp_path, max_broken=2)
+
+
+def test_broken_llava_samples_are_named_and_skipped_up_to_a_limit(tmp_path, caplog, built):
+    dataset = LlavaSamples(llava_folder(tmp_path))
+    sample = dataset[0]
+    assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert sample.messages[1]["content"] == [{"type": "text", "text": "A <image> of black."}]
+    with caplog.at_level(logging.WARNING):
+        assert dataset[1] is None and dataset[2] is None
+    assert "corrupt" in caplog.text and "absent" in caplog.text and dataset.num_broken == 2
+    with pytest.raises(ValueError, match="unpaired"):
+        dataset[3]
+    batch = Collator(built[1], "chat", 256)([sample, None])
+    assert batch["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match="every sample"):
+        Collator(built[1], "chat", 256)([None])
+
+
+def test_plain_template_refuses_samples_without_exactly_one_image(built):
+    with pytest.raises(ValueError, match="one image"):
+        Collator(built[1], "plain", 256)([Sample([], [], caption="text")])
+
+
+def test_evaluation_counts_questions_and_undoes_its_ablations(built):
+    model, processor = built
+    model.eval()
+    options = {"count": 3, "turns": 2, "families": ["scenes"], "batch_size": 4, "majority_images": 5}
+    report = evaluate(model, processor, **options).to_json()
+    assert report["overall"]["total"] == sum(task["total"] for task in report["tasks"].values()) > 0
+    image = Image.effect_noise((72, 72), 60).convert("RGB")
+    batch = Collator(processor, "chat", 256)(
+        [
+            Sample(
+                [image],
+                [
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+                ],
+            )
+        ]
+    )
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with zeroed_embedded_query(model):
+            assert not torch.equal(model(**batch).logits, plain)
+        with replaced_compressor(model, "average"):
+            assert not torch.equal(model(**batch).logits, plain)
+        assert torch.equal(model(**batch).logits, plain)
+    with pytest.raises(ValueError, match="retraining"), replaced_compressor(model, "none"):
+        pass
