@@ -34,7 +34,7 @@ from flashsloth.synthetic.scenes import HELD_OUT_PAIRS
 from flashsloth.synthetic.tokenizer import DEFAULT_SIZE, SPECIAL_TOKENS, language_words, train_tokenizer
 from flashsloth.synthetic.words import HELD_OUT, HELD_OUT_WORDS, TRAIN_ITEMS, TRAIN_TITLES, TRAIN_WORDS
 
-DRAWS = 150
+DRAWS = 100
 PER_CLASS = 2
 
 
@@ -128,7 +128,7 @@ def test_questions_differ_and_answers_are_short(drawn: dict[tuple[str, str], lis
 def test_yes_and_no_are_balanced_and_no_answer_dominates(photos: Photographs) -> None:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for family in FAMILIES:
-        for seed in range(500):
+        for seed in range(350):
             for turn in render(family, seed, "train", photos=photos, image_size=36).turns:
                 answers[turn.task][turn.answer] += 1
     for task, counts in answers.items():
@@ -144,7 +144,7 @@ def test_held_out_combinations_stay_out_of_training(photos: Photographs) -> None
     kept = HELD_OUT | {" ".join(pair) for pair in HELD_OUT_PAIRS}
     pattern = re.compile(rf"\b({'|'.join(sorted(kept))})s?\b")
     for family in ("scenes", "charts", "text"):
-        for seed in range(600):
+        for seed in range(400):
             sample = render(family, seed, "train", photos=photos, image_size=36)
             said = [sample.caption, *(f"{turn.question} {turn.answer}" for turn in sample.turns)]
             assert not sample.held_out
@@ -154,7 +154,7 @@ def test_held_out_combinations_stay_out_of_training(photos: Photographs) -> None
 def test_a_third_of_the_test_split_is_held_out(photos: Photographs) -> None:
     kept = HELD_OUT | {" ".join(pair) for pair in HELD_OUT_PAIRS}
     for family in ("scenes", "charts", "text"):
-        samples = [render(family, seed, "test", photos=photos, image_size=36) for seed in range(400)]
+        samples = [render(family, seed, "test", photos=photos, image_size=36) for seed in range(300)]
         assert 0.25 < sum(sample.held_out for sample in samples) / len(samples) < 0.42, family
         for sample in samples:
             assert sample.held_out == any(re.search(rf"\b{word}\b", sample.caption) for word in kept)

@@ -74,9 +74,9 @@ def _choose_units(rng: random.Random, kind: str, count: int) -> tuple[int, ...]:
     if kind == "pie":  # tenths that add up to ten, with one largest and one smallest
         while True:
             cuts = sorted(rng.sample(range(1, 10), count - 1))
-            units = tuple(high - low for low, high in zip([0, *cuts], [*cuts, 10], strict=True))
-            if units.count(max(units)) == units.count(min(units)) == 1:
-                return units
+            slices = tuple(high - low for low, high in zip([0, *cuts], [*cuts, 10], strict=True))
+            if slices.count(max(slices)) == slices.count(min(slices)) == 1:
+                return slices
     units = rng.sample(range(1, 10), count)
     if kind == "line" and rng.random() < 0.6:
         units.sort(reverse=rng.random() < 0.5)
@@ -107,9 +107,9 @@ def _choose_style(rng: random.Random, chart: Chart) -> Style:
         if chart.kind != "pie" and rng.random() < 0.5:
             fills = fills[:1]
     fills = [jitter(rng, fill, 10) for fill in fills]
-    grid = tuple((3 * low + high) // 4 for low, high in zip(paper, ink, strict=True))
+    red, green, blue = ((3 * low + high) // 4 for low, high in zip(paper, ink, strict=True))
     case = rng.choice(("lower", "upper", "title"))
-    return Style(rng.choice(FACE_NAMES), case, ink, paper, tuple(fills), grid)
+    return Style(rng.choice(FACE_NAMES), case, ink, paper, tuple(fills), (red, green, blue))
 
 
 class _Canvas:

@@ -133,15 +133,15 @@ def _single_makers(rng: random.Random, name: str) -> list[tuple[float, TurnMaker
         question = f"is this {with_article(pair[0])} or {with_article(pair[1])}?"
         return Turn("photo_choice", question, name)
 
-    def kind(rng: random.Random) -> Turn | None:
-        if name in ANIMALS and rng.random() < 1 / 3:  # six classes against four
-            return None
+    def kind(rng: random.Random) -> Turn:
         questions = ("is it an animal or a vehicle?", "does this show an animal or a vehicle?")
         return phrase(rng, "photo_kind", questions, "animal" if name in ANIMALS else "vehicle")
 
     wordings = ("is this {}?", "is it {}?", "is there {}?")
     check = yes_no_maker(rng, "photo_is", wordings, [with_article(name)], [with_article(other) for other in others])
-    return [(4.0, naming), (1.2, check), (0.7, either), (0.5, kind)]
+    # six classes of animals against four of vehicles
+    kind_weight = 0.0 if name in ANIMALS and rng.random() < 1 / 3 else 0.6
+    return [(4.0, naming), (1.2, check), (0.7, either), (kind_weight, kind)]
 
 
 def _plural(name: str) -> str:

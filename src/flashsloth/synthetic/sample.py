@@ -67,7 +67,7 @@ def choose_turns(rng: random.Random, makers: Sequence[tuple[float, TurnMaker]], 
             break
         index = rng.choices(range(len(makers)), weights)[0]
         turn = makers[index][1](rng)
-        meaning = turn and (turn.meaning or turn.question)
+        meaning = "" if turn is None else turn.meaning or turn.question
         if turn is None or meaning in chosen:
             weights[index] *= 0.7
             continue
