@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("flashsloth_cli.commands.info:info", "Architecture, parameters, visual tokens and memory of a model."),
     "convert": ("flashsloth_cli.commands.convert:convert", "Convert the authors' checkpoints, and back."),
     "train": ("flashsloth.commands.train:train", "Train a model from a recipe."),
+    "evaluate-synthetic": (
+        "flashsloth.commands.evaluate_synthetic:evaluate_synthetic",
+        "Exact match on held-out rendered images.",
+    ),
     "demo": ("flashsloth_cli.commands.demo:demo", "Three questions about sample images."),
 }
 
