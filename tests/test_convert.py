@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -345,31 +346,48 @@ def test_destination_is_not_overwritten(theirs: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
 
 
-def full_after(number: int) -> Callable[..., None]:
+FULL_DISK = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    Exception("No space left on device (os error 28)"),  # as tokenizers says it
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+)
+
+
+def full_after(number: int, error: Exception = FULL_DISK[0]) -> Callable[..., None]:
     calls = iter(range(number))
 
     def save(*args: Any, **kwargs: Any) -> None:
         if next(calls, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         save_file(*args, **kwargs)
 
     return save
 
 
+@pytest.mark.parametrize("error", FULL_DISK, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_full_disk_leaves_nothing(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, error: Exception
 ) -> None:
     ours = tmp_path / "made" / "ours"
     if overwrite:
         ours.mkdir(parents=True)
         (ours / "notes.txt").write_text("mine")
-    monkeypatch.setattr(convert_official, "save_file", full_after(2))
+    monkeypatch.setattr(convert_official, "save_file", full_after(2, error))
     with pytest.raises(OSError, match="the disk is full") as caught:
         convert(theirs, ours, max_shard_size="100KB", overwrite=overwrite)
     assert caught.value.errno == errno.ENOSPC
     left = sorted(path.name for path in tmp_path.rglob("*") if theirs not in (path, *path.parents))
     assert left == (["made", "notes.txt", "ours"] if overwrite else [])
+
+
+def test_error_that_is_not_of_the_system_passes_through(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_official, "save_file", full_after(0, KeyError("a mistake of ours")))
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        convert(theirs, tmp_path / "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 def test_too_small_disk_is_noticed_before_writing(

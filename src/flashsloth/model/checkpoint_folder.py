@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,8 +133,8 @@ def write_folder(destination: Path, overwrite: bool, write: Callable[[Path], Non
         for folder in made_parents:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            code = getattr(error, "errno", None) or _errno_in(str(error))
+        code = _error_number(error)
+        if code is not None:
             reason = "the disk is full" if code == errno.ENOSPC else "writing failed"
             raise OSError(code, f"Cannot write {destination}: {reason} ({error}). Nothing was left behind.") from error
         raise
@@ -141,9 +142,13 @@ def write_folder(destination: Path, overwrite: bool, write: Callable[[Path], Non
     return destination
 
 
-def _errno_in(message: str) -> int:
-    """safetensors reports a full disk in words only."""
-    return errno.ENOSPC if "os error 28" in message.lower() or "no space left" in message.lower() else errno.EIO
+def _error_number(error: BaseException) -> int | None:
+    """What the system refused, None for other errors. safetensors and tokenizers say it in words only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if isinstance(error, Exception) and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        return int(number[1])
+    return errno.EIO if isinstance(error, OSError | SafetensorError) else None
 
 
 def _flush(path: Path) -> None:
