@@ -218,7 +218,7 @@ def mark_questions(pieces: list[Piece], user_header: str) -> None:
             continue
         texts = [part for part in turn if part.kind is Kind.TEXT]
         for part in reversed(texts):
-            at = part["text"].find(user_header)
+            at = part.text.find(user_header)
             if at >= 0:
                 _mark(part, at + len(user_header))
                 break

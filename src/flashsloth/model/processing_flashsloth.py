@@ -278,7 +278,7 @@ class FlashSlothProcessor(ProcessorMixin):
             [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": caption}]
             for caption in captions
         ]
-        options = {"return_tensors": "pt", "return_labels": True} | kwargs
+        options: dict[str, Any] = {"return_tensors": "pt", "return_labels": True} | kwargs
         return self.apply_chat_template(
             conversations, chat_template="plain", images=images, tokenize=True, return_dict=True, **options
         )
@@ -293,11 +293,10 @@ class FlashSlothProcessor(ProcessorMixin):
         return_tensors: str | TensorType | None = "pt",
     ) -> BatchFeature:
         """Makes a batch of samples that were encoded one by one (each without padding, batch axis or not)."""
-        rows = [_without_batch_axis(row) for row in features]
         known = {*TOKEN_FILLS, *POSITION_NAMES, "pixel_values"}
-        for row in rows:
-            if unknown := sorted(row.keys() - known):
-                raise ValueError(f"cannot pad {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if unknown := sorted({name for row in features for name in row if name not in known}):
+            raise ValueError(f"cannot pad {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        rows = [_without_batch_axis(row) for row in features]
         optional = {name for row in rows for name in row}
         for row in rows:
             if "question_ids" in optional:
@@ -341,11 +340,11 @@ class FlashSlothProcessor(ProcessorMixin):
         full = self.tokenizer(PROBE, add_special_tokens=True)["input_ids"]
         return full[: full.index(plain[0])]
 
-    def _find_guard(self) -> str:
-        """Non-empty for tokenizers that open a text with a token of its own, but not a text after a special token."""
+    def _opens_texts(self) -> bool:
+        """Whether the tokenizer puts a token of its own before a text, but not before text after a special token."""
         alone = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         after = self.tokenizer(self.image_token + PROBE, add_special_tokens=False)["input_ids"]
-        return "" if after[1:] == alone else "\n"
+        return after[1:] != alone
 
     def _cached(self, name: str, make: Callable[[], Any]) -> Any:
         """A value derived from the tokenizer, made anew when tokens were added or its prefix switched."""
@@ -413,7 +412,7 @@ class FlashSlothProcessor(ProcessorMixin):
             for row, pieces in enumerate(rows):
                 with _naming_row(row, len(rows)):
                     mark_questions(pieces, self.user_header)
-        tokenize_pieces(rows, self.tokenizer, self._cached("guard", self._find_guard))
+        tokenize_pieces(rows, self.tokenizer, self._cached("opens_texts", self._opens_texts))
         expansion = self._expansion(rows, options.get("add_special_tokens") is not False)
         limit, limit_name = options.get("max_length"), "max_length"
         if limit is None:

@@ -22,6 +22,8 @@ TOKEN_FILLS: dict[str, int | None] = {
     "labels": IGNORED_LABEL,
     "assistant_masks": 0,
 }
+# Put before a text, and taken away again with its tokens: what follows is then not the beginning of a text.
+GUARDS = ("\n", "|")
 POSITION_NAMES = ("image_positions", "query_positions")
 Features = dict[str, np.ndarray]
 
@@ -47,31 +49,39 @@ class _Row:
     queries: list[int] = field(default_factory=list)
 
 
-def tokenize_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any, guard: str) -> None:
+def tokenize_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any, opens_texts: bool) -> None:
     """Sets `ids` and `ends` of all text pieces, with one call of the tokenizer for all their different texts.
 
     Args:
-        guard: "", or a text put before all but a row's first piece, and taken away again, so that a tokenizer that
-            opens a text with a token of its own opens only the row with it.
+        opens_texts: the tokenizer puts a token of its own before a text, but not before text that follows a special
+            token; then only a row's first piece may have it.
     """
     pieces: dict[str, list[Piece]] = {}
+    inner: dict[str, list[Piece]] = {}
     for row in rows:
         for index, piece in enumerate(row):
             if piece.kind is Kind.TEXT and piece.text:
-                pieces.setdefault((guard if index else "") + piece.text, []).append(piece)
-    if not pieces:
-        return
-    guard_ids = _tokenize([guard], tokenizer)[0].ids if guard else []
-    for (text, same), encoding in zip(pieces.items(), _tokenize(list(pieces), tokenizer), strict=True):
-        extra = len(text) - len(same[0].text)
-        skip = len(guard_ids) if extra else 0
-        if skip and encoding.ids[:skip] != guard_ids:
-            encoding, extra, skip = _tokenize([same[0].text], tokenizer)[0], 0, 0
-        is_marked = any(piece.marks for piece in same) or same[0].text.startswith("\n")
-        ends = [stop - extra for _, stop in encoding.offsets[skip:]] if is_marked else ()
-        ids = encoding.ids[skip:]
-        for piece in same:
-            piece.ids, piece.ends = ids, ends
+                (inner if opens_texts and index else pieces).setdefault(piece.text, []).append(piece)
+    for guard in GUARDS:
+        if inner:
+            texts = [guard, *(guard + text for text in inner)]
+            encoded_guard, *encodings = _tokenize(texts, tokenizer)
+            skip = len(encoded_guard.ids)
+            for text, encoding in zip(list(inner), encodings, strict=True):
+                if encoding.ids[:skip] == encoded_guard.ids:
+                    ends = [stop - len(guard) for _, stop in encoding.offsets[skip:]]
+                    _assign(inner.pop(text), encoding.ids[skip:], ends)
+    for text, same in inner.items():  # no guard stays apart from these
+        pieces.setdefault(text, []).extend(same)
+    if pieces:
+        for same, encoding in zip(pieces.values(), _tokenize(list(pieces), tokenizer), strict=True):
+            needs_ends = same[0].text.startswith("\n") or any(piece.marks for piece in same)
+            _assign(same, encoding.ids, [stop for _, stop in encoding.offsets] if needs_ends else ())
+
+
+def _assign(pieces: list[Piece], ids: Sequence[int], ends: Sequence[int]) -> None:
+    for piece in pieces:
+        piece.ids, piece.ends = ids, ends
 
 
 def _tokenize(texts: list[str], tokenizer: Any) -> list[Any]:
@@ -134,6 +144,7 @@ def encode_pieces(pieces: Sequence[Piece], expansion: Expansion) -> Features:
                 if not asked:
                     raise ValueError(f"question {group} is empty; write what is asked")
                 row.questions += [(begin, stop, group) for begin, stop in pending]
+                assert expansion.query_token_id is not None, "the processor has checked it"
                 row.ids += [expansion.query_token_id] * expansion.num_query_tokens
             asking = asked = False
             pending = []
@@ -242,7 +253,8 @@ def pad_features(
     for name, fill in TOKEN_FILLS.items():
         if name not in features[0]:
             continue
-        values_BT = np.full((len(features), target), pad_token_id if fill is None else fill, dtype=np.int64)
+        filler = (pad_token_id or 0) if fill is None else fill
+        values_BT = np.full((len(features), target), filler, dtype=np.int64)
         for values_T, row, shift, count in zip(values_BT, features, shifts, lengths, strict=True):
             values_T[shift : shift + count] = row[name]
         batch[name] = values_BT
