@@ -44,10 +44,10 @@ class Collator:
         Raises:
             ValueError: nothing is left of the batch, or a single turn is longer than `max_length`.
         """
-        samples = [sample for sample in samples if sample is not None]
-        if not samples:
+        whole = [sample for sample in samples if sample is not None]
+        if not whole:
             raise ValueError("every sample of a batch is broken; repair the data (the samples are named in the log)")
-        return self._captions(samples) if self.template == "plain" else self._conversations(samples)
+        return self._captions(whole) if self.template == "plain" else self._conversations(whole)
 
     def _options(self) -> dict[str, Any]:
         # right padding: under causal attention no token then looks at padding
@@ -60,14 +60,16 @@ class Collator:
         }
 
     def _captions(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        captions = []
         for sample in samples:
             if sample.caption is None or len(sample.images) != 1:
                 raise ValueError(
                     f"template: plain needs one image and a caption in every sample, got {len(sample.images)} images "
                     f"in {sample.metadata or 'a sample'}"
                 )
+            captions.append(sample.caption)
         batch = self.processor.encode_captions(
-            [sample.caption for sample in samples],
+            captions,
             images=[sample.images for sample in samples],
             truncation=True,
             max_length=self.max_length,

@@ -63,7 +63,7 @@ def llava_sample(record: dict[str, Any], image_folder: Path) -> Sample:
     turns = record.get("conversations")
     if not turns:
         raise ValueError("the record has no conversations")
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in turns:
         if not isinstance(turn, dict) or "from" not in turn or not isinstance(turn.get("value"), str):
             raise ValueError("a turn lacks from or value")

@@ -24,6 +24,7 @@ from .modeling_flashsloth import FlashSlothForConditionalGeneration
 from .official_format import (
     EMBEDDING,
     OFFICIAL_FACTS,
+    PREFIXES,
     QUERY_TOKENS,
     config_from_official,
     config_to_official,
@@ -96,6 +97,7 @@ def convert_checkpoint(
         logger.info("%s already is in the wanted format; copying it.", source)
         return write_folder(destination, overwrite, lambda folder: _copy(source, folder), size_of(source))
     tensors = TensorFolder(source)
+    plan: _Plan
     if to_official:
         plan = _ToOfficial(source, tensors)
     else:
@@ -159,7 +161,7 @@ class _FromOfficial(_Plan):
             {to_theirs(name) or name: shape for name, shape in expected.items()},
         )
         self.names = {name: self.names[name] for name in expected}
-        self.folded_name = to_ours(QUERY_TOKENS)
+        self.folded_name = PREFIXES[QUERY_TOKENS]
         self.tokenizer_folder = Path(tokenizer) if tokenizer else source
         self.tokenizer = _load_tokenizer(self.tokenizer_folder, self.config)
         self.inexact: list[tuple[int, float, float, float]] = []

@@ -84,8 +84,10 @@ class EmbeddedQuery(nn.Module):
         self.down_projection_image = nn.Linear(vision_hidden_size, hidden_size)
         self.norm_query = nn.LayerNorm(hidden_size)
         if uses_question:
-            self.norm_text = nn.LayerNorm(hidden_size)
-            self.text_attention = MaskedCrossAttention(hidden_size, hidden_size, num_heads)
+            self.norm_text: nn.LayerNorm | None = nn.LayerNorm(hidden_size)
+            self.text_attention: MaskedCrossAttention | None = MaskedCrossAttention(
+                hidden_size, hidden_size, num_heads
+            )
         else:
             self.norm_text = self.text_attention = None
         self.norm_image = nn.LayerNorm(hidden_size)
@@ -101,7 +103,7 @@ class EmbeddedQuery(nn.Module):
         text_BTS = self.down_projection_text(hidden_BTD)
         queries_BLS = text_BTS.gather(1, index_BL.unsqueeze(-1).expand(-1, -1, text_BTS.shape[-1]))
         queries_BGQS = self.norm_query(queries_BLS).unflatten(1, (groups, queries))
-        if self.text_attention is not None:
+        if self.text_attention is not None and self.norm_text is not None:
             attention = self.text_attention
             text_BTS = self.norm_text(text_BTS)
             keys_BHTs = attention.split_heads(attention.key(text_BTS))

@@ -119,7 +119,8 @@ def is_public_address(address: str) -> bool:
 
 def _public_addresses(host: str, port: int) -> list[tuple]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    refused = [address[4][0] for address in found if not is_public_address(address[4][0])]
+    addresses = [str(address[4][0]) for address in found]
+    refused = [address for address in addresses if not is_public_address(address)]
     if refused:
         raise _PrivateAddressError(f"{host} is the address {refused[0]}, which is not public")
     return found

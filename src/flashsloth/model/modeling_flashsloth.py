@@ -96,7 +96,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             self.embedded_query = EmbeddedQuery(
                 text_size,
                 vision_size,
-                config.embedded_query_hidden_size,
+                config.embedded_query_hidden_size,  # type: ignore[arg-type]  # the configuration has filled it in
                 config.embedded_query_num_heads,
                 config.embedded_query_uses_question,
             )
@@ -220,7 +220,12 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 kwargs[INPUTS_KEYWORD] = self._embedded_query_inputs(
                     image_features, image_index_BK, image_positions, query_positions, question_ids, tokens, past_length
                 )
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None:
+        if (
+            position_ids is None
+            and attention_mask is not None
+            and attention_mask.ndim == 2
+            and past_key_values is None
+        ):
             # left padding must not shift positions
             position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)
 
@@ -401,9 +406,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in _PROMPT_INPUTS:
                 kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat rows for beams and several answers; images are encoded once and their features repeated by row."""
@@ -415,7 +418,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             features = self.get_image_features(pixel_values)
         if features is not None:
             positions_BK = model_kwargs.get("image_positions")
-            if positions_BK is None:
+            if positions_BK is None and self.config.image_token_id is not None:
                 positions_BK = placeholder_positions(
                     input_ids, self.config.image_token_id, self.config.num_image_tokens
                 )

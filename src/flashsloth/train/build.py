@@ -36,6 +36,7 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
     """
     if recipe.checkpoint is not None:
         return load(recipe.checkpoint)
+    assert recipe.language is not None and recipe.vision is not None, "the recipe has checked it"
     tokenizer = _tokenizer(recipe)
     language_weights = None
     if isinstance(recipe.language, str):
@@ -75,6 +76,7 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer is not None and recipe.tokenizer.source == "synthetic":
         from ..synthetic.tokenizer import train_tokenizer
 
+        assert recipe.tokenizer.vocabulary_size is not None, "the recipe has checked it"
         return train_tokenizer(recipe.tokenizer.vocabulary_size)
     source = recipe.language if recipe.tokenizer is None else recipe.tokenizer.source
     tokenizer = AutoTokenizer.from_pretrained(source)

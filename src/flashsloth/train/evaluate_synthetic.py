@@ -184,7 +184,7 @@ def evaluate(
         majority_images: training images from which the majority answers are counted.
         progress: called with (images done, count).
     """
-    options = {
+    options: dict[str, Any] = {
         "weights": None if families is None else dict.fromkeys(families, 1.0),
         "image_size": model.config.image_height,
         "turns": turns,

@@ -43,14 +43,15 @@ def run(recipe: Recipe, resume: bool = False) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     _record_recipe(recipe, output_dir / RECIPE_FILE)
     set_seed(recipe.seed)
-    model = processor = None
+    model: FlashSlothForConditionalGeneration | None = None
+    processor: FlashSlothProcessor | None = None
     for stage in recipe.stages:
         finished = output_dir / stage.name / MODEL_FOLDER
         if finished.exists():
             logger.info("stage %s is finished already", stage.name)
             model, processor = load(finished)
             continue
-        if model is None:
+        if model is None or processor is None:
             model, processor = build(recipe.model)
         _run_stage(recipe, stage, model, processor)
     return output_dir / recipe.stages[-1].name / MODEL_FOLDER

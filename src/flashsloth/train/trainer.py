@@ -61,6 +61,9 @@ def _reporters(recipe: Recipe) -> list[str]:
 class StageTrainer(Trainer):
     """Trainer with a learning rate per part and a schedule that may follow the clock."""
 
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: ProgressScheduler | None
+
     def __init__(self, *args: Any, stage: StageRecipe, **kwargs: Any) -> None:
         self.stage = stage
         self._staging: Path | None = None
