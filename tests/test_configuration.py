@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tiny_models import DECODERS, ENCODERS, tiny_config
 
 from flashsloth import FlashSlothConfig
+from tiny_models import DECODERS, ENCODERS, tiny_config
 
 
 def test_published_sizes_are_the_default():

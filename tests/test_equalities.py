@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tiny_models import DECODERS, ENCODERS, build_rows, tiny_config, tiny_model
 from transformers import StaticCache
 
 from flashsloth import FlashSlothForConditionalGeneration
+from tiny_models import DECODERS, ENCODERS, build_rows, tiny_config, tiny_model
 
 ROWS = [[(1, 5, 2), (0, 3, 1)], [(0, 4, 0)], [(2, 2, 3)], [(1, 3, 1), (1, 4, 2), (0, 2, 0)]]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

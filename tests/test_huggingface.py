@@ -1,4 +1,4 @@
-"""A saved model is an ordinary Hugging Face folder: Auto classes, pipeline, PEFT, placement, remote code, streaming."""
+"""A saved model is an ordinary Hugging Face folder: Auto classes, pipeline, PEFT, placement, remote code, streams."""
 
 import subprocess
 import sys
@@ -6,8 +6,6 @@ import textwrap
 
 import pytest
 import torch
-from tiny_models import build_rows, tiny_model
-from tiny_session import noise_image, tiny_folder
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,6 +17,8 @@ from transformers import (
 )
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothProcessor
+from tiny_models import build_rows, tiny_model
+from tiny_session import noise_image, tiny_folder
 
 QUESTION = "What is it?"
 

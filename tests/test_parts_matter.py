@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiny_models import build_rows, tiny_model
 
 ROWS = [[(1, 5, 2), (0, 3, 1)], [(1, 4, 2)], [(0, 4, 0)]]

@@ -68,8 +68,8 @@ def build_vision_tower(vision_config: PreTrainedConfig, feature_layer: int, fina
         names = [name for name in FINAL_NORM_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
         if len(names) != 1:
             raise ValueError(
-                f"cannot tell the final norm of the {vision_config.model_type!r} encoder among {FINAL_NORM_NAMES}; add "
-                "its attribute name to FINAL_NORM_NAMES, or use vision_feature_layer=-1 with vision_final_norm=true."
+                f"cannot tell the final norm of the {vision_config.model_type!r} encoder among {FINAL_NORM_NAMES}; "
+                "add its attribute name there, or use vision_feature_layer=-1 with vision_final_norm=true."
             )
         setattr(owner, names[0], nn.Identity())
     return tower

@@ -127,8 +127,8 @@ class FlashSlothConfig(PreTrainedConfig):
         window = self.effective_window
         if self.compressor_padding == "refuse" and (rows % window or columns % window):
             raise ValueError(
-                f"compressor_window {window} does not divide the {rows} x {columns} patch grid of vision_config; choose "
-                'another window or image size, or set compressor_padding to "pad".'
+                f"compressor_window {window} does not divide the {rows} x {columns} patch grid of vision_config; "
+                'choose another window or image size, or set compressor_padding to "pad".'
             )
         if self.num_query_tokens < 0:
             raise ValueError(f"num_query_tokens is {self.num_query_tokens}; it must be 0 (off) or more.")

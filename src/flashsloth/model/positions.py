@@ -24,8 +24,8 @@ def placeholder_positions(input_ids_BT: Tensor, token_id: int, run_length: int) 
     if broken.any():
         row = int(broken.nonzero()[0, 0])
         raise ValueError(
-            f"row {row} has {int(counts_B[row])} placeholder tokens with id {token_id}, not a multiple of {run_length}; "
-            "the prompt was truncated or not expanded by the processor saved beside the model."
+            f"row {row} has {int(counts_B[row])} placeholder tokens with id {token_id}, not a multiple of "
+            f"{run_length}; the prompt was truncated or not expanded by the processor saved beside the model."
         )
     most = int(counts_B.max()) // run_length if counts_B.numel() else 0
     if most == 0:

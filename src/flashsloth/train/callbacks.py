@@ -58,9 +58,7 @@ class LogFile(TrainerCallback):
         self._last = (now, step)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        logger.info(
-            "%s step %d: loss %.4f, %.1f images/s", self.stage, step, row["loss"], row["images_per_second"]
-        )
+        logger.info("%s step %d: loss %.4f, %.1f images/s", self.stage, step, row["loss"], row["images_per_second"])
 
 
 class Clock(TrainerCallback):
@@ -85,7 +83,5 @@ class Clock(TrainerCallback):
             control.should_save = True
         return control
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_save = time.monotonic()

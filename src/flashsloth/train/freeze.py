@@ -9,9 +9,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-PartName = Literal[
-    "vision_encoder", "compressor", "projector", "query_tokens", "embedded_query", "language_model"
-]
+PartName = Literal["vision_encoder", "compressor", "projector", "query_tokens", "embedded_query", "language_model"]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 
 # The head belongs to the language model: it is tied to the embeddings in half of the decoder families.
