@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .optimization import ProgressScheduler
+from .optimization import ProgressScheduler, first_rank_value
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class LogFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.path.exists():
+        if state.is_world_process_zero and self.path.exists():
             rows = [json.loads(line) for line in self.path.read_text().splitlines() if line]
             rows = [row for row in rows if row["stage"] != self.stage or row["step"] <= state.global_step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,7 +79,10 @@ class Clock(TrainerCallback):
         if lr_scheduler is not None and lr_scheduler.is_over:
             control.should_training_stop = True
             control.should_log = True
-        elif self.save_seconds is not None and time.monotonic() - self._last_save >= self.save_seconds:
+        elif (
+            self.save_seconds is not None
+            and first_rank_value(time.monotonic() - self._last_save) >= self.save_seconds
+        ):
             control.should_save = True
         return control
 

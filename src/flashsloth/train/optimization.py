@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -41,6 +43,13 @@ SCHEDULES: dict[str, Callable[[float, StageRecipe], float]] = {
     "warmup_stable_decay": warmup_stable_decay,
     "constant": constant,
 }
+
+
+def first_rank_value(value: float) -> float:
+    """The value of the first process: clocks differ, but rates and decisions that follow them must not."""
+    if PartialState._shared_state == {} or PartialState().num_processes == 1:
+        return value
+    return float(broadcast(torch.tensor(value, dtype=torch.float64, device=PartialState().device)))
 
 
 class ProgressScheduler(LRScheduler):
@@ -79,7 +88,7 @@ class ProgressScheduler(LRScheduler):
 
     def get_lr(self) -> list[float]:
         now = time.monotonic()
-        self.elapsed_seconds += now - self._clock
+        self.elapsed_seconds = first_rank_value(self.elapsed_seconds + now - self._clock)
         self._clock = now
         factor = SCHEDULES[self.stage.schedule](self.progress, self.stage)
         return [base * factor for base in self.base_lrs]

@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -40,8 +42,12 @@ def run(recipe: Recipe, resume: bool = False) -> Path:
     output_dir = recipe.output_dir
     if not resume and (output_dir / RECIPE_FILE).exists():
         raise ValueError(f"output_dir {output_dir} already holds a run; continue it with --resume, or choose another")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _record_recipe(recipe, output_dir / RECIPE_FILE)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _record_recipe(recipe, output_dir / RECIPE_FILE)
+    processes.wait_for_everyone()
     set_seed(recipe.seed)
     model: FlashSlothForConditionalGeneration | None = None
     processor: FlashSlothProcessor | None = None
@@ -61,7 +67,7 @@ def _run_stage(
     recipe: Recipe, stage: StageRecipe, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor
 ) -> None:
     stage_dir = recipe.output_dir / stage.name
-    stage_dir.mkdir(exist_ok=True)
+    stage_dir.mkdir(parents=True, exist_ok=True)
     dataset = build_dataset(recipe.data[stage.data], stage, recipe.seed, model.config.image_height)
     counts = set_trainable_parts(model, stage.train)
     logger.info("stage %s: %s", stage.name, format_counts(counts))

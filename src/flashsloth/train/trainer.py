@@ -105,7 +105,10 @@ class StageTrainer(Trainer):
         try:
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
+            # every process writes its own random state: none before the folder is clean, none after it is renamed
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
         finally:
             staging, self._staging = self._staging, None
         if self.args.should_save:
