@@ -19,6 +19,12 @@ def convert(
     to_official: Annotated[
         bool, typer.Option("--to-official", help="From this project's format to the authors'.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists and is not empty.")] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tokenizer, for a checkpoint that has none.", show_default=False),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "2GB",
 ) -> None:
     """Convert a checkpoint of the FlashSloth authors to an ordinary Hugging Face folder, or back.
 
@@ -29,8 +35,21 @@ def convert(
       flashsloth convert Tongbo/FlashSloth-3.2B flashsloth-3.2b
       flashsloth convert --to-official my-finetune my-finetune-official
     """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
     from flashsloth import hub
     from flashsloth.model.convert_official import convert_checkpoint
 
-    convert_checkpoint(hub.locate(source), destination, to_official=to_official)
-    Console(stderr=True).print(f"wrote {destination}", highlight=False)
+    console = Console(stderr=True)
+    with Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("tensors", total=None)
+        convert_checkpoint(
+            hub.locate(source),
+            destination,
+            to_official=to_official,
+            overwrite=overwrite,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(f"wrote {destination}", highlight=False)

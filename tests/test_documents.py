@@ -1,0 +1,75 @@
+"""Every Python block and every command of the documents works."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flashsloth.hub import ASSETS
+from flashsloth_cli.main import COMMANDS, LazyCommand, main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```([a-z]*)( norun)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(path, language):
+    return [(text, bool(norun)) for name, norun, text in BLOCK.findall(path.read_text()) if name == language]
+
+
+def commands():
+    for path in DOCUMENTS:
+        for text, norun in blocks(path, "sh"):
+            for line in text.splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield pytest.param(words, norun, id=f"{path.name}: {shlex.join(words)}")
+
+
+@pytest.fixture
+def samples(tmp_path, monkeypatch):
+    for path in (ASSETS / "samples").glob("*.jpg"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if blocks(p, "python")], ids=lambda path: path.name)
+def test_python_blocks_run(path, samples):
+    namespace = {}
+    for text, _ in blocks(path, "python"):
+        exec(compile(text, path.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("words, norun", list(commands()))
+def test_commands(words, norun, samples, capsys):
+    program, *rest = words
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        targets = [word for word in rest if "=" not in word]
+        assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    elif program == "pip":
+        extras = re.findall(r"flashsloth\[([a-z,]+)\]", words[-1])[0].split(",")
+        project = (ROOT / "pyproject.toml").read_text()
+        assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+    elif program == "flashsloth" and norun:
+        command = LazyCommand(rest[0], *COMMANDS[rest[0]]).load()
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= known
+        for word in rest[1:]:
+            assert not word.startswith("configs/") or (ROOT / word).is_file()
+    else:
+        assert program == "flashsloth", f"no check for {program}"
+        assert main(rest) == 0, capsys.readouterr().err
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
