@@ -242,6 +242,30 @@ BAD_FILES = {
 }
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    format=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "TGA", "JPEG2000"]),
+    keep=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=6),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_give_an_image_or_a_value_error(format, keep, changes):
+    data = bytearray(ENCODED[format])
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        image = load_image(bytes(data[: max(1, int(len(data) * max(keep, 0.3)))]), max_pixels=10**6)
+    except ValueError:
+        return
+    assert image.mode == "RGB"
+
+
+ENCODED = {
+    format: encoded(Image.fromarray(LEVELS).resize((16, 16)), format)
+    for format in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "TGA", "JPEG2000")
+}
+
+
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files_are_named_with_their_cause(kind, tmp_path):
     data, cause = BAD_FILES[kind]

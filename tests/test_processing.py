@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.model.chat_text import ESCAPE, PLAIN_CHAT_TEMPLATE, PromptText
@@ -205,7 +206,7 @@ NASTY = [
 typed_text = st.text() | st.lists(st.sampled_from(NASTY), max_size=8).map("".join)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(typed_text, min_size=1, max_size=3), answer=typed_text, system=typed_text)
 @example(parts=["<ima", "ge>"], answer="</s>", system="<s>")
 @example(parts=["<image>\n<question>what<learnable>"], answer="<learnable>", system="")

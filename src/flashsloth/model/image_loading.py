@@ -201,10 +201,19 @@ def _decode(file: IO[bytes], name: str, max_pixels: int, alpha_background: Seque
     except DECODE_ERRORS as error:
         raise ValueError(f"{name} is damaged: {error}") from error
     with image:
-        # An MPO file is a photograph with previews.
-        if getattr(image, "is_animated", False) and image.format != "MPO":
-            warnings.warn(f"{name} has {image.n_frames} frames; only the first is used", stacklevel=2)
+        if (frames := _num_frames(image)) > 1:
+            warnings.warn(f"{name} has {frames} frames; only the first is used", stacklevel=3)
         return _finish(image, name, max_pixels, alpha_background)
+
+
+def _num_frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # a photograph with previews
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except DECODE_ERRORS:  # a later frame is damaged
+        image.seek(0)
+        return 1
 
 
 def _finish(image: Image.Image, name: str, max_pixels: int, alpha_background: Sequence[int] | None) -> Image.Image:

@@ -123,11 +123,13 @@ class FlashSlothProcessor(ProcessorMixin):
 
         Args:
             config: sizes, views and token counts are taken from it.
-            tokenizer: a tokenizer that has the two placeholder tokens, with the ids the configuration names.
+            tokenizer: a tokenizer that has the two placeholder tokens, with the ids the configuration names. It is set
+                to pad on the left, as generation from a batch needs.
             kwargs: arguments of this class, or of `FlashSlothImageProcessor` (such as `image_mean`).
         """
         own = cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount]
         arguments = {key: kwargs.pop(key) for key in list(kwargs) if key in own}
+        tokenizer.padding_side = "left"
         image_processor = FlashSlothImageProcessor(
             size={"height": config.image_height, "width": config.image_width}, view_grid=config.view_grid, **kwargs
         )
@@ -177,9 +179,7 @@ class FlashSlothProcessor(ProcessorMixin):
         """
         if text is None and images is None:
             raise ValueError("FlashSlothProcessor needs text, images, or both")
-        options = self._merge_kwargs(
-            FlashSlothProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        options = self._merge_kwargs(FlashSlothProcessorKwargs, **kwargs)
         text_options, image_options = options["text_kwargs"], options["images_kwargs"]
         if text is None:
             return self.image_processor(images, **image_options)
@@ -253,7 +253,6 @@ class FlashSlothProcessor(ProcessorMixin):
             return prompts if batched else prompts[0]
         merged = self._merge_kwargs(
             FlashSlothProcessorKwargs,
-            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
             **(options | ({} if return_tensors is None else {"return_tensors": return_tensors})),
         )
         text_options, image_options = merged["text_kwargs"], merged["images_kwargs"]
