@@ -241,8 +241,10 @@ def _value_table(rescale_factor: float | None, mean_std: tuple[Sequence[float], 
 
 def _apply_table(levels_IVHWC: np.ndarray, table: np.ndarray) -> np.ndarray:
     pixels_IVCHW = np.empty((*levels_IVHWC.shape[:2], 3, *levels_IVHWC.shape[2:4]), dtype=np.float32)
-    for channel in range(3):
-        pixels_IVCHW[:, :, channel] = table[channel][levels_IVHWC[..., channel]]
+    for index in np.ndindex(levels_IVHWC.shape[:2]):
+        for channel, values in enumerate(table):
+            # All levels are in the table: "clip" only spares the check.
+            np.take(values, levels_IVHWC[index][..., channel], out=pixels_IVCHW[index][channel], mode="clip")
     return pixels_IVCHW
 
 
