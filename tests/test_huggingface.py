@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     TextStreamer,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel, FlashSlothProcessor
 from tiny_models import build_rows, tiny_model
@@ -56,6 +56,24 @@ def test_pipeline_answers_as_the_model_does(folder):
     ]
     found = pipe(text=messages, max_new_tokens=4, generate_kwargs={"do_sample": False}, return_full_text=False)
     assert found[0]["generated_text"] == processor.decode(ids, skip_special_tokens=True)
+
+
+def test_pipeline_batches_prompts_of_different_lengths(folder):
+    """The pipeline pads after the processor has run; placeholders move and must be found again."""
+    pipe = pipeline("image-text-to-text", model=str(folder))
+    questions = ["What?", "What is it, and where does it stand?", "How many are there?"]
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": noise_image(seed)}, {"type": "text", "text": text}]}]
+        for seed, text in enumerate(questions)
+    ]
+
+    def ask(text, **options):
+        generate_kwargs = {"do_sample": False, "max_new_tokens": 5}
+        return pipe(text=text, generate_kwargs=generate_kwargs, return_full_text=False, **options)
+
+    together = ask(messages, batch_size=3)
+    for message, found in zip(messages, together, strict=True):
+        assert found[0]["generated_text"] == ask(message)[0]["generated_text"]
 
 
 def test_streaming_gives_the_same_text(folder, capsys):

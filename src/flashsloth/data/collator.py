@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..model.processing_flashsloth import NO_LIMIT
 from .schema import Sample
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Collator:
                 images=[image for sample in samples for image in sample.images] or None,
                 tokenize=True,
                 return_dict=True,
+                max_length=NO_LIMIT,  # too long a conversation is cut below, by whole turns
                 **self._options(),
             )
             lengths = batch["attention_mask"].sum(-1).tolist()

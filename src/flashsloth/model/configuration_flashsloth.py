@@ -13,8 +13,9 @@ from .compressors import COMPRESSORS
 # keys that transformers itself writes into, or reads from, any config.json beside the declared fields
 _TRANSFORMERS_KEYS = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal",
-    "_name_or_path", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type",
-    "name_or_path", "num_labels", "output_attentions", "quantization_config", "torch_dtype", "use_cache",
+    "_name_or_path", "attn_implementation", "auto_map", "bos_token_id", "custom_pipelines", "eos_token_id",
+    "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "pad_token_id",
+    "quantization_config", "torch_dtype", "use_cache",
 })  # fmt: skip
 
 

@@ -249,13 +249,27 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         query_positions_BG: Tensor | None,
         past_length: int | Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Find placeholder positions that were not given, and check the counts of those that were."""
+        """Find the placeholders of a whole prompt in its ids, and check counts.
+
+        Positions that were given are used for what the ids alone do not tell: a prompt whose beginning is in the
+        cache. Otherwise the ids decide, since padding added after the processor moves placeholders.
+        """
         config = self.config
         num_tokens = config.num_image_tokens
         images = 0 if image_features is None else image_features.pooler_output.shape[0]
-        if image_positions_BK is None and config.image_token_id is not None:
+        starts_here = isinstance(past_length, int) and past_length == 0
+        if config.image_token_id is not None and (starts_here or image_positions_BK is None):
             image_positions_BK = placeholder_positions(input_ids_BT, config.image_token_id, num_tokens)
-        if image_positions_BK is not None:
+        has_queries = self.query_tokens is not None and config.query_token_id is not None
+        if has_queries and (starts_here or query_positions_BG is None):
+            query_positions_BG = placeholder_positions(input_ids_BT, config.query_token_id, config.num_query_tokens)
+        if config.image_token_id is None:
+            if images:
+                raise ValueError("images were given but the configuration has no image_token_id.")
+        elif image_positions_BK is None:
+            if images:
+                raise ValueError(f"{images} images were given but the prompt has no image placeholder.")
+        else:
             placed = (image_positions_BK >= 0).sum()
             found = (input_ids_BT == config.image_token_id).sum()
             expected = (image_positions_BK >= past_length).sum() * num_tokens
@@ -265,10 +279,6 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                     f"{int(placed)} image positions, but {images} images were given; prepare text and images in one "
                     "call of the processor saved beside the model, and do not truncate its output."
                 )
-        elif images:
-            raise ValueError("images were given but the configuration has no image_token_id.")
-        if query_positions_BG is None and self.query_tokens is not None and config.query_token_id is not None:
-            query_positions_BG = placeholder_positions(input_ids_BT, config.query_token_id, config.num_query_tokens)
         return image_positions_BK, query_positions_BG
 
     def _embedded_query_inputs(

@@ -130,6 +130,7 @@ class FlashSlothProcessor(ProcessorMixin):
         own = cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount]
         arguments = {key: kwargs.pop(key) for key in list(kwargs) if key in own}
         tokenizer.padding_side = "left"
+        tokenizer.init_kwargs["padding_side"] = "left"  # what is saved
         image_processor = FlashSlothImageProcessor(
             size={"height": config.image_height, "width": config.image_width}, view_grid=config.view_grid, **kwargs
         )

@@ -80,8 +80,7 @@ class Clock(TrainerCallback):
             control.should_training_stop = True
             control.should_log = True
         elif (
-            self.save_seconds is not None
-            and first_rank_value(time.monotonic() - self._last_save) >= self.save_seconds
+            self.save_seconds is not None and first_rank_value(time.monotonic() - self._last_save) >= self.save_seconds
         ):
             control.should_save = True
         return control
