@@ -19,7 +19,9 @@ def convert(
     to_official: Annotated[
         bool, typer.Option("--to-official", help="From this project's format to the authors'.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST when it exists and is not empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST when it exists and is not empty.")
+    ] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="Folder of the tokenizer, for a checkpoint that has none.", show_default=False),

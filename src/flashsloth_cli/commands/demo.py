@@ -42,7 +42,9 @@ def demo(
         table.add_row(stage, *(options.milliseconds(getattr(answer.timings, stage)) for answer in answers))
     table.add_row("total", *(options.milliseconds(answer.timings.total) for answer in answers))
     table.add_row("new tokens", *(str(answer.new_tokens) for answer in answers))
-    console.print(f"\n{session.name} on {session.device}, {session.model.dtype}, sample images in {folder}\n")
+    console.print(
+        f"\n{session.name} on {session.device}, {session.model.dtype}, sample images in {folder}\n", soft_wrap=True
+    )
     console.print(table)
     console.print(
         "\nYour own image:\n"
@@ -51,4 +53,5 @@ def demo(
         '  flashsloth ask photo.jpg "What is in the picture?" --model Tongbo/FlashSloth-3.2B\n'
         '  flashsloth ask receipt.jpg "What is the total?" --model Tongbo/FlashSloth_HD-3.2B',
         markup=False,
+        soft_wrap=True,
     )
