@@ -26,9 +26,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("flashsloth_cli.commands.chat:chat", "Talk about an image; it is encoded once."),
     "info": ("flashsloth_cli.commands.info:info", "Architecture, parameters, visual tokens and memory of a model."),
     "convert": ("flashsloth_cli.commands.convert:convert", "Convert the authors' checkpoints, and back."),
-    "train": ("flashsloth.commands.train:train", "Train a model from a recipe."),
+    "train": ("flashsloth_cli.commands.train:train", "Train a model from a recipe."),
     "evaluate-synthetic": (
-        "flashsloth.commands.evaluate_synthetic:evaluate_synthetic",
+        "flashsloth_cli.commands.evaluate_synthetic:evaluate_synthetic",
         "Exact match on held-out rendered images.",
     ),
     "demo": ("flashsloth_cli.commands.demo:demo", "Three questions about sample images."),

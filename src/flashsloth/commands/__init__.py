@@ -1,1 +1,0 @@
-"""Commands that live beside the code they run."""
