@@ -260,9 +260,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         starts_here = isinstance(past_length, int) and past_length == 0
         if config.image_token_id is not None and (starts_here or image_positions_BK is None):
             image_positions_BK = placeholder_positions(input_ids_BT, config.image_token_id, num_tokens)
-        has_queries = self.query_tokens is not None and config.query_token_id is not None
-        if has_queries and (starts_here or query_positions_BG is None):
-            query_positions_BG = placeholder_positions(input_ids_BT, config.query_token_id, config.num_query_tokens)
+        query_token_id = None if self.query_tokens is None else config.query_token_id
+        if query_token_id is not None and (starts_here or query_positions_BG is None):
+            query_positions_BG = placeholder_positions(input_ids_BT, query_token_id, config.num_query_tokens)
         if config.image_token_id is None:
             if images:
                 raise ValueError("images were given but the configuration has no image_token_id.")
