@@ -52,7 +52,7 @@ def evaluate_synthetic(
         zeroed_embedded_query,
     )
 
-    loaded, processor = load(hub.locate(model))
+    loaded, processor = load(hub.resolve(model))
     with ExitStack() as stack:
         if zero_embedded_query:
             stack.enter_context(zeroed_embedded_query(loaded))
