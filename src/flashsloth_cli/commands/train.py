@@ -20,7 +20,7 @@ def train(
 
     [bold]Examples[/bold]
 
-      flashsloth train configs/debug/two_stages.yaml output_dir=/tmp/debug
+      flashsloth train configs/debug/two_stages.yaml output_dir=runs/debug
 
       flashsloth train configs/nano/nano.yaml --resume
     """
