@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from .augment import augment
 from .colours import COLOURS, MIN_DISTANCE, RGB, choose_ink, distance, jitter
-from .fonts import FACE_NAMES, draw_text, fit_height, text_width
+from .fonts import FACE_NAMES, Style, draw_text, fit_height, text_width
 from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, yes_no
 from .words import HELD_OUT_TITLES, LABEL_SETS, choose_title
 
@@ -39,18 +39,11 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a chart is drawn; colours RGB."""
+class ChartStyle(Style):
+    """How a chart is drawn."""
 
-    face: str
-    case: str
-    ink: RGB
-    paper: RGB
     fills: tuple[RGB, ...]
     grid: RGB
-
-    def cased(self, text: str) -> str:
-        return getattr(text, self.case)()
 
 
 def _choose_labels(rng: random.Random, kind: str, count: int) -> tuple[str, ...]:
@@ -94,7 +87,7 @@ def _choose_chart(rng: random.Random, test: bool) -> Chart:
     return Chart(kind, labels, units, 10 if kind == "pie" or rng.random() < 0.5 else 1, title, printed)
 
 
-def _choose_style(rng: random.Random, chart: Chart) -> Style:
+def _choose_style(rng: random.Random, chart: Chart) -> ChartStyle:
     ink, paper = choose_ink(rng)
     palette = [colour for name, colour in COLOURS.items() if name not in ("black", "white")]
     if chart.labels[0] in COLOURS:
@@ -109,13 +102,13 @@ def _choose_style(rng: random.Random, chart: Chart) -> Style:
     fills = [jitter(rng, fill, 10) for fill in fills]
     red, green, blue = ((3 * low + high) // 4 for low, high in zip(paper, ink, strict=True))
     case = rng.choice(("lower", "upper", "title"))
-    return Style(rng.choice(FACE_NAMES), case, ink, paper, tuple(fills), (red, green, blue))
+    return ChartStyle(rng.choice(FACE_NAMES), case, ink, paper, tuple(fills), (red, green, blue))
 
 
 class _Canvas:
     """Drawing in reference pixels on a canvas of another size."""
 
-    def __init__(self, image_size: int, style: Style) -> None:
+    def __init__(self, image_size: int, style: ChartStyle) -> None:
         self.scale = image_size / REFERENCE_SIZE
         self.style = style
         self.image = Image.new("RGB", (image_size, image_size), style.paper)

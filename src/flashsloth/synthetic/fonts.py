@@ -1,10 +1,13 @@
 """Fonts from installed Python packages, in a fixed order, sized by the height of their capitals."""
 
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from .colours import RGB
 
 INSTALL_COMMAND = "pip install 'flashsloth[train]'"
 
@@ -111,3 +114,16 @@ def draw_text(
         mask, left, top = _short_text(face, capital_height, text)
         x -= {"l": 0.0, "m": 0.5, "r": 1.0}[anchor[0]] * text_width(face, capital_height, text)
         draw.bitmap((round(x) + left, round(y) + top), mask, fill)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Face, case and colours of an image."""
+
+    face: str
+    case: str
+    ink: RGB
+    paper: RGB
+
+    def cased(self, text: str) -> str:
+        return getattr(text, self.case)()

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from .augment import augment
 from .colours import RGB, choose_ink
-from .fonts import FACE_NAMES, draw_text, fit_height
+from .fonts import FACE_NAMES, Style, draw_text, fit_height
 from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no_maker
 from .words import (
     HELD_OUT,
@@ -26,19 +26,6 @@ HELD_OUT_SHARE = 0.4  # tables show no words of the kind, so a third of all imag
 ORDINALS = ("first", "second", "third", "fourth")
 NUMBER_SHARE = 0.1  # of the words that are numbers instead
 LARGEST_SUM = 20
-
-
-@dataclass(frozen=True)
-class Style:
-    """Face, case and colours of an image."""
-
-    face: str
-    case: str
-    ink: RGB
-    paper: RGB
-
-    def cased(self, text: str) -> str:
-        return getattr(text, self.case)()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..inference import load_model
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
@@ -67,9 +68,12 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
 
 
 def load(folder: str | Path) -> tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]:
-    """A saved FlashSloth model in float32, and its processor."""
-    model = FlashSlothForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return model, FlashSlothProcessor.from_pretrained(folder)
+    """A saved FlashSloth model in float32, and its processor.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+    """
+    return load_model(folder, "float32"), FlashSlothProcessor.from_pretrained(folder)
 
 
 def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
