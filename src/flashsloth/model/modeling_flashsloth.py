@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -20,6 +21,8 @@ from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import INPUTS_KEYWORD, EmbeddedQuery, EmbeddedQueryInputs, LayerInsertion, QueryTokens
 from .positions import placeholder_positions
 
+# cross-entropy leaves these positions out, as everywhere in transformers
+IGNORED_LABEL = -100
 # inputs that belong to the prompt: a decoding step must not see them again
 _PROMPT_INPUTS = ("pixel_values", "image_features", "image_positions", "query_positions", "question_ids")
 
@@ -37,7 +40,7 @@ class FlashSlothOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy over the labels that are not -100.
-        logits: (B, T, vocabulary), or the kept positions.
+        logits: (B, T, vocabulary), or the kept positions; None under `loss_only`.
         past_key_values, hidden_states, attentions: as in every causal language model.
         image_features: encoder features and visual tokens of the images of this call.
     """
@@ -364,6 +367,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         question_ids: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_only: bool = False,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
@@ -372,6 +376,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
 
         Args:
             logits_to_keep: compute logits for this many last positions only (0 = all), or for these indices.
+            loss_only: with `labels`, run the head on the positions that predict a label and return no logits; the
+                loss is the same, and training spends neither time nor memory on the logits of prompts.
             num_items_in_batch: labelled tokens of the whole optimiser step, for exact gradient accumulation.
             The others: see `FlashSlothModel.forward`.
         """
@@ -390,9 +396,18 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             return_dict=True,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        logits_BTV = scale_logits(self.config.text_config, logits_BTV)
+        hidden_BTD = outputs.last_hidden_state
+        shift_labels = None
+        if loss_only:
+            if labels is None:
+                raise ValueError("loss_only needs labels.")
+            shift_BT = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden_BTD.device)
+            predicts_BT = shift_BT != IGNORED_LABEL
+            hidden_BTD, shift_labels = hidden_BTD[predicts_BT].unsqueeze(0), shift_BT[predicts_BT].unsqueeze(0)
+        elif isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_BTD = hidden_BTD[:, keep, :]
+        logits_BTV = scale_logits(self.config.text_config, self.lm_head(hidden_BTD))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -400,10 +415,11 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
                 labels=labels,
                 vocab_size=logits_BTV.shape[-1],
                 num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
         output = FlashSlothOutput(
             loss=loss,
-            logits=logits_BTV,
+            logits=None if loss_only else logits_BTV,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

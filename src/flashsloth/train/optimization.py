@@ -113,14 +113,15 @@ class ProgressScheduler(LRScheduler):
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrices_NRC: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalise(
+    matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Replace each matrix by (about) the nearest one with orthonormal rows or columns.
 
     Args:
         matrices_NRC: (N, R, C) matrices of one shape, computed together.
+        dtype: precision of the iteration. bfloat16 is enough, and slow where a processor has to emulate it.
     """
-    # torch.optim.Muon computes this in bfloat16, which processors without such units emulate at a fraction of the rate
-    dtype = torch.float32 if matrices_NRC.device.type == "cpu" else torch.bfloat16
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = (matrices_NRC.mT if is_tall else matrices_NRC).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -138,7 +139,14 @@ class Muon(torch.optim.Optimizer):
     shape are computed together.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -166,7 +174,7 @@ class Muon(torch.optim.Optimizer):
             momenta.append(state["momentum"])
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        updates = orthogonalise(torch.stack(nesterov)).unbind()
+        updates = orthogonalise(torch.stack(nesterov), dtype=self.dtype).unbind()
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * scale)
 
@@ -204,11 +212,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._link()
 
 
-def build_optimizer(model: nn.Module, stage: StageRecipe, decay_names: Iterable[str]) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, stage: StageRecipe, decay_names: Iterable[str], muon_dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """The optimiser of a stage over the model's trainable parameters.
 
     Args:
         decay_names: parameters that weight decay applies to.
+        muon_dtype: precision in which Muon orthogonalises.
     """
     decay_names = set(decay_names)
     groups: dict[tuple[bool, str, bool], list[nn.Parameter]] = {}
@@ -236,7 +247,7 @@ def build_optimizer(model: nn.Module, stage: StageRecipe, decay_names: Iterable[
     if not options(True):
         raise ValueError(f"stage {stage.name!r}: optimizer: muon, but train lists no part with a matrix; use adamw")
     adamw = torch.optim.AdamW(options(False), lr=stage.learning_rate, betas=betas, fused=True)
-    return MuonWithAdamW(Muon(options(True), lr=stage.learning_rate), adamw)
+    return MuonWithAdamW(Muon(options(True), lr=stage.learning_rate, dtype=muon_dtype), adamw)
 
 
 def _learning_rate(stage: StageRecipe, part: str, is_matrix: bool) -> float:

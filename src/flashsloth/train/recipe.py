@@ -52,6 +52,8 @@ class ModelRecipe:
     """Defaults to the decoder's own folder."""
     chat_template: str | None = None
     """Path of a Jinja chat template, relative to the recipe; the authors' template when absent."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention kernels while training; the result is the same. On a CPU `eager` is faster than `sdpa` backward."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Further fields of `FlashSlothConfig`: compressor, compressor_window, num_query_tokens, view_grid, ..."""
 

@@ -72,6 +72,7 @@ def _run_stage(
     counts = set_trainable_parts(model, stage.train)
     logger.info("stage %s: %s", stage.name, format_counts(counts))
     model.train()
+    model.set_attn_implementation(recipe.model.attention)
     if recipe.torch_compile:
         model.model.compile(dynamic=False)
     trainer = StageTrainer(

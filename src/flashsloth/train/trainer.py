@@ -72,7 +72,8 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            self.optimizer = build_optimizer(model, self.stage, self.get_decay_parameter_names(model))
+            muon_dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            self.optimizer = build_optimizer(model, self.stage, self.get_decay_parameter_names(model), muon_dtype)
         return self.optimizer
 
     def create_scheduler(
@@ -91,8 +92,8 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        # a cache would be filled and thrown away
-        inputs = {**inputs, "use_cache": False}
+        # a cache, and the logits of prompts, would be filled and thrown away
+        inputs = {**inputs, "use_cache": False, "loss_only": not return_outputs}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_output_dir(self, trial: Any) -> str:
