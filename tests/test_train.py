@@ -120,6 +120,16 @@ def test_the_model_folder_loads_and_generates(trained, samples):
     assert "pretrain" in card and "finetune" in card and "output_dir" in card
 
 
+def test_an_encoder_may_come_from_a_flashsloth_folder(trained):
+    donor = FlashSlothForConditionalGeneration.from_pretrained(trained).model.vision_tower.state_dict()
+    model, processor = build(load_recipe(DEBUG, [f"model.vision={trained}", "model.config.compressor=none"]).model)
+    tower = model.model.vision_tower.state_dict()
+    assert tower and all(torch.equal(donor[name], value) for name, value in tower.items())
+    assert processor.image_processor.size["height"] == model.config.image_height == 72
+    with pytest.raises(ValueError, match="vision_final_norm"):
+        build(load_recipe(DEBUG, [f"model.vision={trained}", "model.config.vision_final_norm=true"]).model)
+
+
 def test_the_loss_falls_and_the_log_has_every_step(tmp_path):
     run(debug_recipe(tmp_path / "run", "stages.finetune.max_steps=30", "stages.finetune.learning_rate=1e-2"))
     rows = [row for row in log_rows(tmp_path / "run") if row["stage"] == "finetune"]

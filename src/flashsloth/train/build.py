@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..hub import PACKAGED_MODELS, resolve
 from ..inference import load_model
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -48,7 +49,7 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
     text_config.pad_token_id, text_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     text_config.bos_token_id = tokenizer.bos_token_id
     config = FlashSlothConfig(
-        vision_config=_vision_config(recipe.vision),
+        vision_config=vision_config(recipe.vision),
         text_config=text_config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         query_token_id=tokenizer.convert_tokens_to_ids(QUERY_TOKEN),
@@ -56,8 +57,7 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
     )
     model = FlashSlothForConditionalGeneration(config).to(torch.float32)
     if isinstance(recipe.vision, str):
-        tower = model.model.vision_tower
-        _copy(type(tower).from_pretrained(recipe.vision, config=tower.config, dtype=torch.float32), tower)
+        _copy_vision(recipe.vision, model.model.vision_tower)
     if language_weights is not None:
         _copy(language_weights.base_model, model.model.language_model)
         _copy(language_weights.get_output_embeddings(), model.lm_head)
@@ -100,12 +100,29 @@ def _pretrained_language(name: str, vocabulary: int) -> PreTrainedModel:
     return model
 
 
-def _vision_config(vision: str | dict[str, Any]) -> PreTrainedConfig:
+def vision_config(vision: str | dict[str, Any]) -> PreTrainedConfig:
+    """Configuration of the encoder that `model.vision` of a recipe names or spells out."""
     if isinstance(vision, dict):
         return _sub_config(vision)
-    config = AutoConfig.from_pretrained(vision)
-    # an image-text model (SigLIP, CLIP) holds its encoder's configuration inside
+    config = AutoConfig.from_pretrained(PACKAGED_MODELS.get(vision, vision))
+    # an image-text model (SigLIP, CLIP, FlashSloth) holds its encoder's configuration inside
     return getattr(config, "vision_config", config)
+
+
+def _copy_vision(name: str, tower: nn.Module) -> None:
+    """Fill a tower from a pretrained encoder, or from the tower of a trained FlashSloth."""
+    folder = PACKAGED_MODELS.get(name, name)
+    if not isinstance(AutoConfig.from_pretrained(folder), FlashSlothConfig):
+        _copy(type(tower).from_pretrained(folder, config=tower.config, dtype=torch.float32), tower)
+        return
+    source = load_model(resolve(folder), "float32").model.vision_tower
+    missing = sorted(set(tower.state_dict()) - set(source.state_dict()))
+    if missing:
+        raise ValueError(
+            f"model.vision: the FlashSloth model {name} ends its encoder earlier than model.config asks for (no "
+            f"{missing[0]}); set vision_feature_layer and vision_final_norm in model.config as they are there"
+        )
+    _copy(source, tower)
 
 
 def _sub_config(values: dict[str, Any], **defaults: Any) -> PreTrainedConfig:

@@ -45,7 +45,8 @@ class ModelRecipe:
     checkpoint: str | None = None
     """FlashSloth folder or hub name to start from; excludes every other field of this section."""
     vision: str | dict[str, Any] | None = None
-    """Encoder: folder or hub name (pretrained), or a full sub-configuration with `model_type` (random weights)."""
+    """Encoder: folder or hub name (pretrained; of a FlashSloth model its encoder is taken), or a full
+    sub-configuration with `model_type` (random weights)."""
     language: str | dict[str, Any] | None = None
     """Decoder, given like `vision`."""
     tokenizer: TokenizerRecipe | None = None

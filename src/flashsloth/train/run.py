@@ -3,11 +3,12 @@
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import Collator
@@ -26,12 +27,13 @@ logger = logging.getLogger(__name__)
 MODEL_FOLDER, RECIPE_FILE, LOG_FILE = "model", "recipe.yaml", "log.jsonl"
 
 
-def run(recipe: Recipe, resume: bool = False) -> Path:
+def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train all stages.
 
     Args:
         resume: continue in `recipe.output_dir`: finished stages are skipped, an interrupted one goes on from its last
             checkpoint. Without it the folder must not hold a run yet.
+        callbacks: added to the Trainer of every stage, after this package's own.
 
     Returns:
         The folder of the trained model, which `from_pretrained` loads.
@@ -59,12 +61,16 @@ def run(recipe: Recipe, resume: bool = False) -> Path:
             continue
         if model is None or processor is None:
             model, processor = build(recipe.model)
-        _run_stage(recipe, stage, model, processor)
+        _run_stage(recipe, stage, model, processor, callbacks)
     return output_dir / recipe.stages[-1].name / MODEL_FOLDER
 
 
 def _run_stage(
-    recipe: Recipe, stage: StageRecipe, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor
+    recipe: Recipe,
+    stage: StageRecipe,
+    model: FlashSlothForConditionalGeneration,
+    processor: FlashSlothProcessor,
+    callbacks: Sequence[TrainerCallback],
 ) -> None:
     stage_dir = recipe.output_dir / stage.name
     stage_dir.mkdir(parents=True, exist_ok=True)
@@ -87,6 +93,8 @@ def _run_stage(
     images = stage.batch_size * stage.gradient_accumulation * trainer.args.world_size
     trainer.add_callback(LogFile(recipe.output_dir / LOG_FILE, stage.name, images))
     trainer.add_callback(Clock(recipe.checkpoints.every_minutes))
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
     model.eval()
     if trainer.is_world_process_zero():
