@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,6 +19,7 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Settings = TypeVar("Settings")
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -240,6 +241,25 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_tree(path: Path) -> dict[str, Any]:
+    """The nested mapping in a YAML file.
+
+    Raises:
+        ValueError: an unreadable file, bad YAML, a key that appears twice, or no mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys, got {type(tree).__name__}")
+    return tree
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `key=value` overrides.
 
@@ -251,16 +271,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ValueError: unreadable file, unknown key (with the nearest valid one), wrong type, contradicting fields.
     """
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
-    except OSError as error:
-        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys, got {type(tree).__name__}")
+    tree = read_tree(path)
     for override in overrides or []:
         _apply_override(tree, override)
     recipe = parse_recipe(tree, source=str(path))
@@ -271,11 +282,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
     """Validate a nested mapping into a `Recipe`; see `load_recipe` for the errors."""
+    return parse_settings(Recipe, tree, source)
+
+
+def parse_settings(kind: type[Settings], tree: dict[str, Any], source: str) -> Settings:
+    """Validate a nested mapping into a strict dataclass; errors name the keys of `source`."""
     try:
         # JSON mode is what makes strict validation accept mappings for dataclasses and text for paths.
-        return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+        raise ValueError("\n".join(f"{source}: {_explain(kind, item)}" for item in error.errors())) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -283,10 +299,10 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False)
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def _explain(kind: type, item: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        valid = _valid_keys(item["loc"][:-1])
+        valid = _valid_keys(kind, item["loc"][:-1])
         nearest = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.0)
         hint = f"; the nearest valid key is {nearest[0]!r}" if nearest else ""
         return f"unknown key {where!r}{hint} (valid: {', '.join(valid)})"
@@ -297,9 +313,9 @@ def _explain(item: Mapping[str, Any]) -> str:
     return f"{where}: {message}{value}"
 
 
-def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the dataclass found at a pydantic error location."""
-    current: Any = Recipe
+def _valid_keys(kind: type, location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the dataclass found at a pydantic error location below `kind`."""
+    current: Any = kind
     for step in location:
         current = _child(current, step)
     options = [option for option in _options(current) if dataclasses.is_dataclass(option)]
