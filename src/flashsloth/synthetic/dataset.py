@@ -8,20 +8,22 @@ from .charts import CHART_TASKS, render_chart
 from .photos import PHOTO_TASKS, Photographs, render_photo
 from .sample import REFERENCE_SIZE, Sample, make_generator, split_id
 from .scenes import SCENE_TASKS, render_scene
-from .texts import TEXT_TASKS, render_text
+from .texts import PAGE_TASKS, TEXT_TASKS, render_page, render_text
 
 FAMILIES: dict[str, Callable[..., Sample]] = {
     "scenes": render_scene,
     "charts": render_chart,
     "text": render_text,
     "photos": render_photo,
+    "pages": render_page,
 }
-FAMILY_IDS = {"scenes": 0, "charts": 1, "text": 2, "photos": 3}
+FAMILY_IDS = {"scenes": 0, "charts": 1, "text": 2, "photos": 3, "pages": 4}
 TASKS: dict[str, tuple[str, ...]] = {
     "scenes": SCENE_TASKS,
     "charts": CHART_TASKS,
     "text": TEXT_TASKS,
     "photos": PHOTO_TASKS,
+    "pages": PAGE_TASKS,
 }
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from .augment import augment
 from .colours import RGB, choose_ink
-from .fonts import FACE_NAMES, Style, draw_text, fit_height
+from .fonts import FACE_NAMES, Style, draw_text, fit_height, text_width
 from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no_maker
 from .words import (
     HELD_OUT,
@@ -23,7 +23,7 @@ from .words import (
 
 LAYOUT_WEIGHTS = {"sign": 3, "lines": 4, "receipt": 3, "table": 2}
 HELD_OUT_SHARE = 0.4  # tables show no words of the kind, so a third of all images is left
-ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 NUMBER_SHARE = 0.1  # of the words that are numbers instead
 LARGEST_SUM = 20
 
@@ -275,6 +275,44 @@ def render_text(rng: random.Random, test: bool, image_size: int, turns: int) -> 
     return Sample(image, "text", page.caption, choose_turns(rng, page.makers, turns), page.held_out)
 
 
+def render_page(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
+    """Draws three to six lines of one to three words: many letters an image, for practice in reading."""
+    style, scale = _choose_style(rng), image_size / REFERENCE_SIZE
+    count = rng.choice((3, 4, 4, 5, 5, 6))
+    height = round(rng.uniform(*{3: (14, 18), 4: (13, 16), 5: (12, 14), 6: (11, 13)}[count]) * scale)
+    gap, room = text_width(style.face, height, " ") * 1.3, 126 * scale
+    lines: list[list[str]] = []
+    for _ in range(count):
+        line: list[str] = []
+        for word in _words(rng, rng.choice((1, 2, 2, 3, 3)), False):
+            width = sum(text_width(style.face, height, style.cased(part)) + gap for part in [*line, word])
+            if not line or width <= room:
+                line.append(word)
+        lines.append(line)
+    image = Image.new("RGB", (image_size, image_size), style.paper)
+    draw = ImageDraw.Draw(image)
+    y, pitch = _lines_at(rng, image_size, count, height)
+    for line in lines:
+        fitted = fit_height(style.face, tuple(style.cased(word) for word in line), height, room)
+        x = rng.uniform(8 * scale, max(8 * scale, image_size / 4))
+        x = min(x, image_size - 8 * scale - sum(text_width(style.face, fitted, style.cased(w)) + gap for w in line))
+        x = max(x, 6 * scale)
+        for word in line:
+            draw_text(draw, (x, y), style.cased(word), style.face, fitted, style.ink, "lm")
+            x += text_width(style.face, fitted, style.cased(word)) + gap
+        y += pitch
+
+    def read(rng: random.Random) -> Turn:
+        index = rng.randrange(count)
+        name = "last" if index == count - 1 else f"{ORDINALS[index]}"
+        return phrase(rng, "page_read_line", (f"read the {name} line.",), " ".join(lines[index]))
+
+    image = augment(image, rng, style.paper)
+    caption = f"text: {', '.join(' '.join(line) for line in lines)}."
+    return Sample(image, "pages", caption, choose_turns(rng, [(1.0, read)], turns), False)
+
+
+PAGE_TASKS = ("page_read_line",)
 TEXT_TASKS = (
     "text_read_word", "text_read_line", "text_find", "text_letter", "text_length", "text_count", "receipt_price",
     "receipt_item", "receipt_total", "receipt_extreme", "receipt_count", "table_cell", "table_count", "table_compare",
