@@ -26,7 +26,11 @@ def minimal() -> dict:
     }
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+# a study is no recipe, but names one
+RECIPES = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name != "compression.yaml"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_survive_a_round_trip(path, tmp_path):
     recipe = load_recipe(path)
     copy = tmp_path / "recipe.yaml"

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("flashsloth_cli.commands.info:info", "Architecture, parameters, visual tokens and memory of a model."),
     "convert": ("flashsloth_cli.commands.convert:convert", "Convert the authors' checkpoints, and back."),
     "train": ("flashsloth_cli.commands.train:train", "Train a model from a recipe."),
+    "study": ("flashsloth_cli.commands.study:study", "Train variants of a recipe with several seeds; compare them."),
     "evaluate-synthetic": (
         "flashsloth_cli.commands.evaluate_synthetic:evaluate_synthetic",
         "Exact match on held-out rendered images.",

@@ -104,7 +104,13 @@ def vision_config(vision: str | dict[str, Any]) -> PreTrainedConfig:
     """Configuration of the encoder that `model.vision` of a recipe names or spells out."""
     if isinstance(vision, dict):
         return _sub_config(vision)
-    config = AutoConfig.from_pretrained(PACKAGED_MODELS.get(vision, vision))
+    try:
+        config = AutoConfig.from_pretrained(PACKAGED_MODELS.get(vision, vision))
+    except OSError as error:
+        raise ValueError(
+            f"model.vision: {vision!r} is no folder of a model, not packaged ({', '.join(PACKAGED_MODELS)}), and not "
+            "to be had from the hub"
+        ) from error
     # an image-text model (SigLIP, CLIP, FlashSloth) holds its encoder's configuration inside
     return getattr(config, "vision_config", config)
 
