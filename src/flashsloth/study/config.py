@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ..synthetic.dataset import FAMILIES
 from ..train.recipe import Positive, parse_settings, read_tree
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -36,8 +37,8 @@ class Variant:
 class EvaluationSettings:
     """Held-out rendered images on which every trained model is scored."""
 
-    families: Annotated[list[Literal["scenes", "charts", "text", "photos"]], Field(min_length=1)]
-    """In equal shares."""
+    families: Annotated[list[str], Field(min_length=1)]
+    """Of `flashsloth.synthetic`, in equal shares."""
     count: Positive
     """Images."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -50,6 +51,11 @@ class EvaluationSettings:
     """Questions answered at once."""
     majority_images: Positive = 1000
     """Training images from which the most frequent answer of each task is counted."""
+
+    def __post_init__(self) -> None:
+        for family in self.families:
+            if family not in FAMILIES:
+                raise ValueError(f"evaluation.families: unknown family {family!r}; known are {', '.join(FAMILIES)}")
 
 
 @dataclass(config=_STRICT, kw_only=True)

@@ -64,13 +64,15 @@ class TrainingUsage(TrainerCallback):
         self._note(state.global_step)
 
     def totals(self) -> dict[str, Any]:
-        """Seconds of all stages, and the memory of the one that took most; bytes."""
+        """Seconds of all stages; the peak of memory in bytes, and how much of it training has added."""
         stages = list(self.stages.values())
+        peak = max(stage["peak_bytes"] for stage in stages)
         return {
             "clock": "wall seconds" if self.on_accelerator else "CPU seconds",
             "seconds": sum(max(stage["seconds"].values()) for stage in stages),
-            "peak_bytes": max(stage["peak_bytes"] for stage in stages),
-            "added_bytes": max(stage["peak_bytes"] - stage["start_bytes"] for stage in stages),
+            "peak_bytes": peak,
+            # of the first stage: what it frees stays with the process and would hide what later stages take
+            "added_bytes": peak - stages[0]["start_bytes"],
         }
 
     def _note(self, step: int) -> None:
