@@ -10,13 +10,13 @@ from PIL import Image
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.data.collator import Collator
-from flashsloth.data.dataset import LlavaSamples, build_dataset
+from flashsloth.data.dataset import build_dataset
 from flashsloth.data.schema import Sample
 from flashsloth.train.build import build
 from flashsloth.train.evaluate_synthetic import answer_batch, evaluate, replaced_compressor, zeroed_embedded_query
 from flashsloth.train.freeze import PART_NAMES, part_of, set_trainable_parts
 from flashsloth.train.optimization import ProgressScheduler, build_optimizer, orthogonalise
-from flashsloth.train.recipe import LlavaData, Recipe, load_recipe
+from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug" / "two_stages.yaml"
@@ -44,7 +44,7 @@ def log_rows(folder: Path) -> list[dict]:
 @pytest.fixture()
 def samples(built):
     recipe = load_recipe(DEBUG)
-    dataset = build_dataset(recipe.data["scenes"], recipe.stages[1], 0, built[0].config.image_height)
+    dataset = build_dataset(recipe, recipe.stages[1], built[0].config.image_height)
     return [dataset[index] for index in range(3)]
 
 
@@ -197,41 +197,6 @@ def test_muon_updates_are_orthogonal_and_its_state_survives(built):
     copy.load_state_dict(optimizer.state_dict())
     weight = model.model.projector[0].weight
     assert torch.equal(copy.muon.state[weight]["momentum"], optimizer.muon.state[weight]["momentum"])
-
-
-def llava_folder(tmp_path: Path) -> LlavaData:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"not an image")
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A <image> of black."}]
-    records = [
-        {"id": "good", "image": "a.png", "conversations": turns},
-        {"id": "corrupt", "image": "b.png", "conversations": turns},
-        {"id": "absent", "image": "c.png", "conversations": turns},
-        {"id": "unpaired", "conversations": turns},
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    return LlavaData(kind="llava", path=tmp_path / "data.json", image_folder=tmp_path, max_broken=2)
-
-
-def test_broken_llava_samples_are_named_and_skipped_up_to_a_limit(tmp_path, caplog, built):
-    dataset = LlavaSamples(llava_folder(tmp_path))
-    sample = dataset[0]
-    assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    assert sample.messages[1]["content"] == [{"type": "text", "text": "A <image> of black."}]
-    with caplog.at_level(logging.WARNING):
-        assert dataset[1] is None and dataset[2] is None
-    assert "corrupt" in caplog.text and "absent" in caplog.text and dataset.num_broken == 2
-    with pytest.raises(ValueError, match="unpaired"):
-        dataset[3]
-    batch = Collator(built[1], "chat", 256)([sample, None])
-    assert batch["input_ids"].shape[0] == 1
-    with pytest.raises(ValueError, match="every sample"):
-        Collator(built[1], "chat", 256)([None])
-
-
-def test_plain_template_refuses_samples_without_exactly_one_image(built):
-    with pytest.raises(ValueError, match="one image"):
-        Collator(built[1], "plain", 256)([Sample([], [], caption="text")])
 
 
 def test_evaluation_counts_questions_and_undoes_its_ablations(built):

@@ -1,13 +1,16 @@
-"""From samples to the tensors of a training step."""
+"""From records to the tensors of a training step."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from torch import Tensor
 
 from ..model.processing_flashsloth import NO_LIMIT
-from .schema import Sample
+from .packing import IGNORED_LABEL, pack
+from .schema import Record, Sample, count_images
 
 if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
@@ -16,15 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 class Collator:
-    """Renders the stage's template, tokenises, pads and labels a batch.
+    """Loads images, renders the stage's template, tokenises, pads and labels a batch.
 
-    Runs in the loader's worker processes. Samples that are None (broken ones, already named) are left out.
+    Runs in the loader's worker processes. A broken sample is named, counted and left out: the batch is smaller by it,
+    nothing takes its place.
 
     Args:
         template: `plain` (captions) or `chat` (conversations).
-        max_length: longest row in tokens. A longer conversation loses whole turns from its end, a longer caption its
-            last words.
+        max_length: longest sample in tokens. A longer conversation loses whole turns from its end, a longer caption
+            its last words.
         pad_to_multiple_of: lengths are rounded up to this, so that fewer distinct shapes are compiled.
+        packing: `rows`: lay the samples into as few rows of `max_length` as they need; `single_row`: into one row.
     """
 
     def __init__(
@@ -33,78 +38,137 @@ class Collator:
         template: str,
         max_length: int,
         pad_to_multiple_of: int | None = None,
+        packing: str | None = None,
     ) -> None:
+        if packing not in (None, "rows", "single_row"):
+            raise ValueError(f"packing is {packing!r}; use rows, single_row or None")
         self.processor = processor
         self.template = template
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.packing = packing
 
-    def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Record | Sample]) -> dict[str, Tensor]:
         """Batch tensors as `FlashSlothForConditionalGeneration.forward` takes them, with labels.
 
-        Raises:
-            ValueError: nothing is left of the batch, or a single turn is longer than `max_length`.
-        """
-        whole = [sample for sample in samples if sample is not None]
-        if not whole:
-            raise ValueError("every sample of a batch is broken; repair the data (the samples are named in the log)")
-        return self._captions(whole) if self.template == "plain" else self._conversations(whole)
+        When no sample of the batch can be used, one row without labels stands for it, which adds nothing to loss or
+        gradients.
 
-    def _options(self) -> dict[str, Any]:
+        Raises:
+            ValueError: more samples are broken than their source allows.
+        """
+        loaded = (item.load() if isinstance(item, Record) else item for item in items)
+        samples = [sample for sample in loaded if sample is not None]
+        while samples:
+            try:
+                batch = self.encode(samples)
+            except ValueError:
+                usable = [sample for sample in samples if self._is_usable(sample)]
+                if len(usable) == len(samples):
+                    raise
+                samples = usable
+            else:
+                return self._pack(batch)
+        logger.warning("no sample of a batch can be used; it counts for nothing")
+        return self._pack(self._empty_batch())
+
+    def encode(self, samples: Sequence[Sample], with_pixels: bool = True) -> dict[str, Tensor]:
+        """A padded batch of whole samples.
+
+        Raises:
+            ValueError: a sample that does not fit the template, or whose first turn is longer than `max_length`.
+        """
+        if self.template == "plain":
+            return self._encode_captions(samples, with_pixels)
+        return self._encode_conversations(samples, with_pixels)
+
+    def _is_usable(self, sample: Sample) -> bool:
+        try:
+            self.encode([sample], with_pixels=False)
+        except ValueError as error:
+            if sample.origin is None:
+                raise
+            sample.origin.skip(error)
+            return False
+        return True
+
+    def _options(self, with_pixels: bool) -> dict[str, Any]:
         # right padding: under causal attention no token then looks at padding
         return {
             "return_labels": True,
             "return_tensors": "pt",
+            "return_pixel_values": with_pixels,
             "padding": True,
             "padding_side": "right",
-            "pad_to_multiple_of": self.pad_to_multiple_of,
+            # packed rows are rounded up as a whole
+            "pad_to_multiple_of": None if self.packing else self.pad_to_multiple_of,
         }
 
-    def _captions(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def _encode_captions(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Tensor]:
         captions = []
         for sample in samples:
             if sample.caption is None or len(sample.images) != 1:
-                raise ValueError(
-                    f"template: plain needs one image and a caption in every sample, got {len(sample.images)} images "
-                    f"in {sample.metadata or 'a sample'}"
-                )
+                raise ValueError(f"template: plain needs one image and a caption, got {len(sample.images)} images")
             captions.append(sample.caption)
         batch = self.processor.encode_captions(
             captions,
-            images=[sample.images for sample in samples],
+            images=[sample.images for sample in samples] if with_pixels else None,
             truncation=True,
             max_length=self.max_length,
-            **self._options(),
+            **self._options(with_pixels),
         )
         return dict(batch)
 
-    def _conversations(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        conversations = [sample.messages for sample in samples]
-        while True:
-            batch = self.processor.apply_chat_template(
-                conversations,
-                images=[image for sample in samples for image in sample.images] or None,
-                tokenize=True,
-                return_dict=True,
-                max_length=NO_LIMIT,  # too long a conversation is cut below, by whole turns
-                **self._options(),
-            )
-            lengths = batch["attention_mask"].sum(-1).tolist()
-            if max(lengths) <= self.max_length:
-                return dict(batch)
-            conversations = [
-                self._without_last_turn(messages, length) if length > self.max_length else messages
-                for messages, length in zip(conversations, lengths, strict=True)
+    def _encode_conversations(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Tensor]:
+        samples = list(samples)
+        batch = self._apply_template(samples, with_pixels)
+        lengths = batch["attention_mask"].sum(-1).tolist()
+        while max(lengths) > self.max_length:
+            samples = [
+                self._without_last_turn(sample, length) if length > self.max_length else sample
+                for sample, length in zip(samples, lengths, strict=True)
             ]
+            batch = self._apply_template(samples, with_pixels=False)
+            lengths = batch["attention_mask"].sum(-1).tolist()
+        if with_pixels and "pixel_values" not in batch and any(sample.images for sample in samples):
+            batch = self._apply_template(samples, with_pixels=True)
+        return batch
 
-    def _without_last_turn(self, messages: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
-        last = max(index for index, message in enumerate(messages) if message["role"] == "user")
-        if not any(message["role"] == "user" for message in messages[:last]):
-            raise ValueError(f"a single turn has {length} tokens, more than max_length {self.max_length}; raise it")
-        if any(part["type"] == "image" for part in messages[last]["content"] if isinstance(part, dict)):
-            raise ValueError(
-                f"a conversation of {length} tokens exceeds max_length {self.max_length} and its last turn brings an "
-                "image; raise max_length"
-            )
+    def _apply_template(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Tensor]:
+        images = [image for sample in samples for image in sample.images]
+        batch = self.processor.apply_chat_template(
+            [sample.messages for sample in samples],
+            images=images if images and with_pixels else None,
+            tokenize=True,
+            return_dict=True,
+            max_length=NO_LIMIT,  # too long a conversation is cut by whole turns
+            **self._options(with_pixels),
+        )
+        return dict(batch)
+
+    def _without_last_turn(self, sample: Sample, length: int) -> Sample:
+        last = max(index for index, message in enumerate(sample.messages) if message["role"] == "user")
+        messages = sample.messages[:last]
+        if not any(message["role"] == "user" for message in messages):
+            raise ValueError(f"its first turn alone has {length} tokens, more than max_length {self.max_length}")
         logger.debug("dropped the last turn of a conversation of %d tokens (max_length %d)", length, self.max_length)
-        return messages[:last]
+        return dataclasses.replace(sample, messages=messages, images=sample.images[: count_images(messages)])
+
+    def _empty_batch(self) -> dict[str, Tensor]:
+        """A row that takes every path through the model and whose labels are ignored."""
+        question = [{"type": "image"}, {"type": "text", "text": "?"}]
+        answer = [{"type": "text", "text": "."}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        blank = Sample([Image.new("RGB", (1, 1))], messages, caption=".")
+        batch = (
+            self._encode_captions([blank], True) if self.template == "plain" else self._apply_template([blank], True)
+        )
+        batch["labels"].fill_(IGNORED_LABEL)
+        return batch
+
+    def _pack(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.packing is None:
+            return batch
+        pad = self.processor.tokenizer.pad_token_id
+        longest = max(self.max_length, batch["input_ids"].shape[1])  # the row of an empty batch may be longer
+        return pack(batch, longest, pad, self.pad_to_multiple_of, single_row=self.packing == "single_row")

@@ -1,111 +1,56 @@
-"""Map-style datasets over the sources of a recipe."""
+"""The training data of a stage, from the recipe."""
 
-import logging
-import multiprocessing
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from .schema import Sample, llava_sample, read_records
+from .collator import Collator
+from .mixture import MixedSamples, MixedStream
+from .recipe import DataRecipe, LlavaData, MessagesData, MixtureData, SyntheticData, is_streamed
+from .sources import LlavaSamples, MessagesSamples, SyntheticSamples
+from .streams import MessagesStream, WebdatasetStream
 
 if TYPE_CHECKING:
-    from ..train.recipe import DataRecipe, LlavaData, StageRecipe, SyntheticData
-
-logger = logging.getLogger(__name__)
-
-
-class SyntheticSamples(Dataset):
-    """Rendered images with their questions; a new one for every index."""
-
-    is_independent = True
-    """Samples are drawn independently by index, so that reading in order is already random."""
-
-    def __init__(self, source: "SyntheticData", split: str, seed: int, image_size: int, turns: int) -> None:
-        from ..synthetic import Photographs, SyntheticDataset
-
-        self.samples = SyntheticDataset(
-            split=split,
-            size=source.size,
-            seed=seed + source.seed,
-            weights=source.weights,
-            image_size=image_size,
-            turns=turns,
-            photos=Photographs(resolve_folder(source.photos)),
-        )
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        item = self.samples[index]
-        metadata = {"family": item["family"], "tasks": item["tasks"], "answers": item["answers"]}
-        return Sample(item["images"], item["messages"], item["caption"], metadata)
+    from ..model.processing_flashsloth import FlashSlothProcessor
+    from ..train.recipe import Recipe, StageRecipe
 
 
-class LlavaSamples(Dataset):
-    """A LLaVA file. A broken record is counted, named and returned as None, up to `max_broken`, then refused."""
+def build_dataset(recipe: "Recipe", stage: "StageRecipe", image_size: int) -> Any:
+    """The training data of a stage, map-style or a stream; items are `Record` or `Sample`.
 
-    is_independent = False
-
-    def __init__(self, source: "LlavaData") -> None:
-        self.path, self.image_folder, self.max_broken = source.path, source.image_folder, source.max_broken
-        if not self.image_folder.is_dir():
-            raise ValueError(f"image_folder {self.image_folder} is not a folder")
-        self.records = read_records(self.path)
-        # shared by the loader's worker processes; forked or sent along when they start
-        self._num_broken = multiprocessing.get_context("fork").Value("q", 0)
-
-    @property
-    def num_broken(self) -> int:
-        """Broken records met so far, in all worker processes."""
-        return self._num_broken.value
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Sample | None:
-        record = self.records[index]
-        try:
-            return llava_sample(record, self.image_folder)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            name = record.get("id", index) if isinstance(record, dict) else index
-            with self._num_broken.get_lock():
-                self._num_broken.value += 1
-                count = self._num_broken.value
-            message = f"{self.path}: record {index} (id {name}) is broken: {error}"
-            if count > self.max_broken:
-                raise ValueError(
-                    f"{message}; that is broken sample number {count} and max_broken is {self.max_broken}. "
-                    "Repair the data, or raise max_broken to skip them."
-                ) from error
-            logger.warning("%s; skipped (%d of at most %d)", message, count, self.max_broken)
-            return None
-
-
-def resolve_folder(name: str | None) -> Path | None:
-    """A folder given as a path or as `$VARIABLE`.
+    Args:
+        image_size: width and height of rendered images, in pixels.
 
     Raises:
-        ValueError: the variable is unset, or there is no such folder.
+        ValueError: data that is not there; the message names it.
     """
-    if name is None:
-        return None
-    if name.startswith("$"):
-        value = os.environ.get(name[1:])
-        if not value:
-            raise ValueError(f"the recipe takes a folder from the environment variable {name[1:]}, which is not set")
-    else:
-        value = name
-    folder = Path(value)
-    if not folder.is_dir():
-        raise ValueError(f"{name}: there is no folder {folder}")
-    return folder
+    source = recipe.data[stage.data]
+    if not isinstance(source, MixtureData):
+        return build_source(source, stage.data, recipe.seed, image_size, stage.turns)
+    parts = {
+        name: build_source(recipe.data[name], name, recipe.seed, image_size, stage.turns) for name in source.sources
+    }
+    if is_streamed(source, recipe.data):
+        return MixedStream(parts, source.sources, recipe.seed)
+    return MixedSamples(parts, source.sources, recipe.seed, source.size)
 
 
-def build_dataset(source: "DataRecipe", stage: "StageRecipe", seed: int, image_size: int) -> Dataset:
-    """The training dataset of a stage."""
-    if source.kind == "synthetic":
-        return SyntheticSamples(source, "train", seed, image_size, turns=stage.turns or 1)
-    return LlavaSamples(source)
+def build_source(source: DataRecipe, name: str, seed: int, image_size: int, turns: int | None = None) -> Dataset:
+    """One source that is not a mixture. See `build_dataset`."""
+    if isinstance(source, SyntheticData):
+        return SyntheticSamples(source, name, "train", seed, image_size, turns=turns or 1)
+    if isinstance(source, LlavaData):
+        return LlavaSamples(source, name)
+    if isinstance(source, MessagesData):
+        return MessagesStream(source, name, seed) if source.streaming else MessagesSamples(source, name)
+    if isinstance(source, MixtureData):
+        raise ValueError(f"data.{name} is a mixture; its sources are built one by one")
+    return WebdatasetStream(source, name, seed)
+
+
+def build_collator(recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlothProcessor") -> Collator:
+    """What makes the batches of a stage."""
+    packing = None
+    if stage.packing:  # the kernels of flash attention know where samples end in a single row only
+        packing = "single_row" if recipe.model.attention == "flash_attention_2" else "rows"
+    return Collator(processor, stage.template, stage.max_length, stage.pad_to_multiple_of, packing)

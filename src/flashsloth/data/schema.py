@@ -1,15 +1,50 @@
-"""The one sample format of training, and the readers that produce it."""
+"""The one format of training: records as they are read, samples as they are learned, and their defects."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-LLAVA_IMAGE_PLACEHOLDER = "<image>"
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+from ..model.image_loading import DEFAULT_MAX_PIXELS, load_image
+from .broken import BrokenSamples
+
+IMAGE_PLACEHOLDER = "<image>"
+ROLES = ("system", "user", "assistant")
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class Defect(NamedTuple):
+    """One thing that is wrong with a record: the sort of defect, and a sentence."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample comes from.
+
+    Attributes:
+        source: name of the source in the recipe's `data`.
+        place: file and record.
+        broken: who counts the broken samples of this source; without one, a broken sample is an error.
+    """
+
+    source: str
+    place: str
+    broken: BrokenSamples | None = None
+
+    def skip(self, error: Exception) -> None:
+        """Count the sample as broken.
+
+        Raises:
+            ValueError: too many are, or nobody counts them.
+        """
+        if self.broken is None:
+            raise ValueError(f"{self.place} is broken: {error}") from error
+        self.broken.add(self.place, error)
 
 
 @dataclass
@@ -24,73 +59,181 @@ class Sample:
     messages: list[dict[str, Any]]
     caption: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON list or a JSONL file.
+@dataclass
+class Record:
+    """A sample whose images are not read yet. The collator loads it, in the loader's worker process.
 
-    Raises:
-        ValueError: unreadable or malformed file; the message names the file and the line.
+    Attributes:
+        images: paths, encoded bytes or PIL images.
+        defects: what is wrong with it as far as it is known without its images.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read data file {path}: {error}") from error
-    try:
-        records = list(_json_lines(text)) if path.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a non-empty list of records")
-    return records
+
+    origin: Origin
+    identifier: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    @property
+    def num_characters(self) -> int:
+        """Length of all its text."""
+        return sum(len(part.get("text", "")) for message in self.messages for part in message["content"])
+
+    def load_image(self, index: int) -> Image.Image:
+        """One image, 8-bit RGB and upright.
+
+        Raises:
+            ValueError, FileNotFoundError: it is missing, broken or too large; the message names the file.
+        """
+        return load_image(self.images[index], max_pixels=self.max_pixels)
+
+    def load(self) -> Sample | None:
+        """The sample with its images; None when it is broken, which is then counted.
+
+        Raises:
+            ValueError: more samples are broken than the source allows.
+        """
+        try:
+            if self.defects:
+                raise ValueError(self.defects[0].message)
+            images = [self.load_image(index) for index in range(len(self.images))]
+        except (ValueError, FileNotFoundError) as error:
+            self.origin.skip(error)
+            return None
+        answers = [message["content"][0]["text"] for message in self.messages if message["role"] == "assistant"]
+        return Sample(images, self.messages, answers[0], {"id": self.identifier}, self.origin)
 
 
-def _json_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        if line.strip():
-            yield json.loads(line)
+def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Image parts of a conversation."""
+    parts = (part for message in messages if not isinstance(message["content"], str) for part in message["content"])
+    return sum(part["type"] == "image" for part in parts)
 
 
-def llava_sample(record: dict[str, Any], image_folder: Path) -> Sample:
-    """Convert one LLaVA record (`image`, `conversations` of `from` / `value`).
+def make_record(
+    origin: Origin, raw: Any, images: Sequence[Any], max_images: int, max_pixels: int, read_error: str | None = None
+) -> Record:
+    """Turn what a file holds into a record, with every defect that shows without reading images.
 
-    Raises:
-        ValueError: unknown role, missing field, or placeholders that do not match the images.
-        OSError: an image is missing or broken.
+    Args:
+        raw: a mapping with `messages` (`role`, `content`: text or parts) or LLaVA's `conversations` (`from`, `value`).
+        images: its images, in the order of their placeholders.
+        read_error: why there is nothing to turn into a record.
     """
-    names = record.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    turns = record.get("conversations")
-    if not turns:
-        raise ValueError("the record has no conversations")
+    record = Record(origin, images=list(images), max_pixels=max_pixels)
+    if read_error is not None:
+        record.defects.append(Defect("unreadable record", read_error))
+    elif not isinstance(raw, Mapping):
+        record.defects.append(Defect("unreadable record", f"a record is a mapping, got {type(raw).__name__}"))
+    else:
+        identifier = raw.get("id")
+        record.identifier = None if identifier is None else str(identifier)
+        turns, role_key, text_key = _turns_of(raw)
+        record.messages, defects = _read_turns(turns, role_key, text_key)
+        record.defects += defects
+        record.defects += _check_images(record, max_images)
+    return record
+
+
+def _turns_of(raw: Mapping[str, Any]) -> tuple[Any, str, str]:
+    if raw.get("messages") is not None:
+        return raw["messages"], "role", "content"
+    return raw.get("conversations"), "from", "value"
+
+
+def _read_turns(turns: Any, role_key: str, text_key: str) -> tuple[list[dict[str, Any]], list[Defect]]:
+    """Messages, and the defects of turns alone and of their order."""
+    if not turns or not isinstance(turns, Sequence) or isinstance(turns, str):
+        return [], [Defect("empty conversation", "the record has no conversation")]
+    defects: list[Defect] = []
     messages: list[dict[str, Any]] = []
-    for turn in turns:
-        if not isinstance(turn, dict) or "from" not in turn or not isinstance(turn.get("value"), str):
-            raise ValueError("a turn lacks from or value")
-        if turn["from"] not in _LLAVA_ROLES:
-            raise ValueError(f"unknown role {turn['from']!r}; known are {', '.join(_LLAVA_ROLES)}")
-        role = _LLAVA_ROLES[turn["from"]]
-        # only a user's placeholder stands for an image; the same text in an answer is text
-        content = _split_images(turn["value"]) if role == "user" else [{"type": "text", "text": turn["value"]}]
+    known_roles = LLAVA_ROLES if role_key == "from" else {role: role for role in ROLES}
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping) or role_key not in turn or turn.get(text_key) is None:
+            defects.append(Defect("incomplete turn", f"turn {number} lacks {role_key} or {text_key}"))
+            continue
+        role = known_roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            message = f"turn {number} has the unknown role {turn[role_key]!r}; known are {', '.join(known_roles)}"
+            defects.append(Defect("unknown role", message))
+            continue
+        content = _read_content(turn[text_key], splits_placeholders=role == "user")
+        if content is None:
+            message = f"{text_key} of turn {number} is neither text nor a list of text and image parts"
+            defects.append(Defect("value is not text", message))
+            continue
         messages.append({"role": role, "content": content})
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placeholders != len(names):
-        raise ValueError(f"{placeholders} {LLAVA_IMAGE_PLACEHOLDER} placeholders for {len(names)} images")
-    images = []
-    for name in names:
-        with Image.open(image_folder / name) as image:
-            images.append(image.convert("RGB"))
-    answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise ValueError("the record has no answer to learn")
-    return Sample(images, messages, caption=answers[0], metadata={"id": record.get("id")})
+    # the order of turns says nothing where one of them could not be read
+    return messages, defects or list(_check_order(messages))
 
 
-def _split_images(text: str) -> list[dict[str, str]]:
+def _read_content(value: Any, splits_placeholders: bool) -> list[dict[str, str]] | None:
+    if isinstance(value, str):
+        # only a user's placeholder stands for an image; the same text in an answer is text
+        return _split_placeholders(value) if splits_placeholders else [{"type": "text", "text": value}]
+    if not isinstance(value, Sequence):
+        return None
     parts: list[dict[str, str]] = []
-    for index, piece in enumerate(text.split(LLAVA_IMAGE_PLACEHOLDER)):
+    for part in value:
+        if not isinstance(part, Mapping):
+            return None
+        if part.get("type") == "image" and splits_placeholders:
+            parts.append({"type": "image"})
+        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            return None
+    if not splits_placeholders:
+        return [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+    return parts
+
+
+def _split_placeholders(text: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         if index:
             parts.append({"type": "image"})
         if piece.strip():
             parts.append({"type": "text", "text": piece.strip()})
     return parts
+
+
+def _check_order(messages: list[dict[str, Any]]) -> Iterator[Defect]:
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    answers = [message for message in turns if message["role"] == "assistant"]
+    if not answers:
+        yield Defect("no answer", "the record has no answer to learn")
+        return
+    if turns[0]["role"] != "user":
+        yield Defect("first turn not from the user", f"the first turn is from {turns[0]['role']}, not from the user")
+        return
+    for number, (before, after) in enumerate(zip(turns, turns[1:], strict=False), start=2):
+        if after["role"] == before["role"] or after["role"] == "system":
+            message = (
+                f"turn {number} is from {after['role']} after {before['role']}; user and assistant must alternate"
+            )
+            yield Defect("turns do not alternate", message)
+            return
+    if turns[-1]["role"] == "user":
+        yield Defect("no answer", "the last turn is a question without an answer")
+    if any(not message["content"][0]["text"].strip() for message in answers):
+        yield Defect("empty answer", "an answer is empty")
+
+
+def _check_images(record: Record, max_images: int) -> Iterator[Defect]:
+    placeholders = count_images(record.messages)
+    read_all = not any(defect.kind in ("incomplete turn", "value is not text") for defect in record.defects)
+    if record.messages and read_all and placeholders != len(record.images):
+        message = f"{placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(record.images)} images"
+        yield Defect("placeholder count", message)
+    if len(record.images) > max_images:
+        yield Defect("too many images", f"{len(record.images)} images, more than max_images {max_images}")
+    for source in record.images:
+        if not isinstance(source, (Path, bytes, Image.Image)):
+            yield Defect(
+                "image is not a file", f"an image is given as {type(source).__name__}, not as a file or its bytes"
+            )

@@ -19,7 +19,7 @@ from .backbones import build_vision_tower, decoder_layers, encode_patches, scale
 from .compressors import COMPRESSORS
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import INPUTS_KEYWORD, EmbeddedQuery, EmbeddedQueryInputs, LayerInsertion, QueryTokens
-from .positions import placeholder_positions
+from .positions import in_same_sample, placeholder_positions
 
 # cross-entropy leaves these positions out, as everywhere in transformers
 IGNORED_LABEL = -100
@@ -183,6 +183,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             input_ids: (B, T) int64, placeholders expanded by the processor.
             pixel_values: (I, V, C, H, W) float, the images of the batch in reading order.
             attention_mask: (B, T) or longer with a cache; 1 = token.
+            position_ids: (B, T) int64. Without mask and with use_cache=False, positions that start again begin another
+                packed sample, which shares neither attention nor images with those before it.
             image_features: result of `get_image_features`, instead of `pixel_values`.
             image_positions: (B, K) int64, first placeholder of each image of the row, -1 where there is none.
             query_positions: (B, G) int64, first query token of each group, -1 where there is none.
@@ -220,9 +222,13 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                         "the input has query tokens but no question_ids, so it is not known which tokens are the "
                         "question; prepare the prompt with FlashSlothProcessor."
                     )
-                kwargs[INPUTS_KEYWORD] = self._embedded_query_inputs(
+                inputs = self._embedded_query_inputs(
                     image_features, image_index_BK, image_positions, query_positions, question_ids, tokens, past_length
                 )
+                if attention_mask is None and past_key_values is None and position_ids is not None:
+                    own_BGK = in_same_sample(position_ids, query_positions, image_positions)
+                    inputs = inputs._replace(image_mask_BGK=inputs.image_mask_BGK & own_BGK)
+                kwargs[INPUTS_KEYWORD] = inputs
         if (
             position_ids is None
             and attention_mask is not None

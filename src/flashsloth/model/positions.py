@@ -1,7 +1,8 @@
-"""Where placeholders stand in a row. Shape suffixes: B rows, T tokens, K runs of a row at most."""
+"""Where placeholders stand in a row. Shape suffixes: B rows, T tokens, K runs (images) and G query groups at most."""
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
 
 
 def placeholder_positions(input_ids_BT: Tensor, token_id: int, run_length: int) -> Tensor | None:
@@ -36,3 +37,20 @@ def placeholder_positions(input_ids_BT: Tensor, token_id: int, run_length: int) 
     rows, columns = is_first_BT.nonzero(as_tuple=True)
     positions_BK[rows, order_BT[rows, columns] // run_length] = columns
     return positions_BK
+
+
+def in_same_sample(position_ids_BT: Tensor, query_positions_BG: Tensor, image_positions_BK: Tensor) -> Tensor:
+    """Whether query groups and images belong to the same sample of a packed row.
+
+    Samples are told apart by the rule of transformers' causal masks: positions that do not go on by one begin another.
+
+    Returns:
+        (B, G, K) bool; anything where a group or an image is absent.
+    """
+    samples_BT = find_packed_sequence_indices(position_ids_BT.expand(query_positions_BG.shape[0], -1))
+    if samples_BT is None:  # every row is one sample
+        shape = (*query_positions_BG.shape, image_positions_BK.shape[1])
+        return torch.ones(shape, dtype=torch.bool, device=query_positions_BG.device)
+    groups_BG = samples_BT.gather(1, query_positions_BG.clamp(min=0))
+    images_BK = samples_BT.gather(1, image_positions_BK.clamp(min=0))
+    return groups_BG[:, :, None] == images_BK[:, None, :]

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.collator import Collator
-from ..data.dataset import build_dataset, resolve_folder
+from ..data.dataset import build_collator, build_dataset
+from ..data.sources import resolve_folder
 from ..model.modeling_flashsloth import IGNORED_LABEL, FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from ..synthetic import Photographs, SyntheticDataset
@@ -114,8 +114,8 @@ def measure_flops(
     whole step, and of reading one question about one held-out image."""
     stage = recipe.stages[-1]
     model.set_attn_implementation("eager")
-    dataset = build_dataset(recipe.data[stage.data], stage, recipe.seed, model.config.image_height)
-    collator = Collator(processor, stage.template, stage.max_length, stage.pad_to_multiple_of)
+    dataset = build_dataset(recipe, stage, model.config.image_height)
+    collator = build_collator(recipe, stage, processor)
     samples = [dataset[index] for index in range(stage.batch_size)]
     batch = {name: value.to(model.device) for name, value in collator(samples).items()}
     set_trainable_parts(model, stage.train)

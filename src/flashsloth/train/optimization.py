@@ -113,9 +113,7 @@ class ProgressScheduler(LRScheduler):
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(
-    matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def orthogonalise(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Replace each matrix by (about) the nearest one with orthonormal rows or columns.
 
     Args:

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ..data.recipe import STRICT as _STRICT
+from ..data.recipe import DataRecipe, Fraction, Positive, check_mixtures, check_stage_data
 from .freeze import PartName
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Settings = TypeVar("Settings")
 
 
@@ -78,35 +76,6 @@ class ModelRecipe:
 
 
 @dataclass(config=_STRICT, kw_only=True)
-class SyntheticData:
-    """Images and questions rendered by `flashsloth.synthetic`, a new one for every index."""
-
-    kind: Literal["synthetic"]
-    size: Positive
-    """Images in one epoch."""
-    seed: int = 0
-    """Added to the split's own seed."""
-    weights: dict[str, Annotated[float, Field(ge=0)]]
-    """Share of each family."""
-    photos: str | None = None
-    """Folder (or environment variable, written `$NAME`) of the CIFAR-10 parquet files, for the photo family."""
-
-
-@dataclass(config=_STRICT, kw_only=True)
-class LlavaData:
-    """A LLaVA JSON or JSONL file with an image folder."""
-
-    kind: Literal["llava"]
-    path: Path
-    image_folder: Path
-    max_broken: Annotated[int, Field(ge=0)] = 0
-    """Broken samples that are named and skipped before the run stops."""
-
-
-DataRecipe = Annotated[SyntheticData | LlavaData, Field(discriminator="kind")]
-
-
-@dataclass(config=_STRICT, kw_only=True)
 class StageRecipe:
     """One training stage."""
 
@@ -146,6 +115,11 @@ class StageRecipe:
     """Question-answer turns an image (synthetic data)."""
     max_length: Positive = 3072
     """Longest sequence in tokens; turns that do not fit are dropped whole."""
+    group_by: Literal["none", "modality_length"] = "none"
+    """`modality_length`: a batch holds samples of similar length, all with images or all without."""
+    packing: bool = False
+    """Lay the samples of a batch into as few rows of `max_length` tokens as they need, without attention between
+    samples; the loss is the same. One single row with attention: flash_attention_2."""
     pad_to_multiple_of: Positive | None = None
     """Fewer distinct lengths mean fewer compilations."""
 
@@ -212,14 +186,9 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ, got {', '.join(names)}")
+        check_mixtures(self.data)
         for stage in self.stages:
-            if stage.data not in self.data:
-                raise ValueError(
-                    f"stage {stage.name!r}: data={stage.data!r} contradicts the recipe's data, which defines "
-                    f"{', '.join(self.data)}"
-                )
-            if stage.turns is not None and not isinstance(self.data[stage.data], SyntheticData):
-                raise ValueError(f"stage {stage.name!r}: turns contradicts data.{stage.data}.kind: llava has its own")
+            check_stage_data(stage, self.data)
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.collator import Collator
-from ..data.dataset import build_dataset
+from ..data.dataset import build_collator, build_dataset
+from ..data.packing import check_packing
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .build import build, load
@@ -74,7 +74,9 @@ def _run_stage(
 ) -> None:
     stage_dir = recipe.output_dir / stage.name
     stage_dir.mkdir(parents=True, exist_ok=True)
-    dataset = build_dataset(recipe.data[stage.data], stage, recipe.seed, model.config.image_height)
+    dataset = build_dataset(recipe, stage, model.config.image_height)
+    if stage.packing:
+        check_packing(model.model.language_model)
     counts = set_trainable_parts(model, stage.train)
     logger.info("stage %s: %s", stage.name, format_counts(counts))
     model.train()
@@ -86,7 +88,7 @@ def _run_stage(
         args=training_arguments(recipe, stage, stage_dir, sequential=dataset.is_independent),
         stage=stage,
         train_dataset=dataset,
-        data_collator=Collator(processor, stage.template, stage.max_length, stage.pad_to_multiple_of),
+        data_collator=build_collator(recipe, stage, processor),
         processing_class=processor,
     )
     trainer.remove_callback(PrinterCallback)
@@ -96,6 +98,8 @@ def _run_stage(
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
+    if dataset.num_broken:
+        logger.warning("stage %s: this process skipped %d broken samples", stage.name, dataset.num_broken)
     model.eval()
     if trainer.is_world_process_zero():
         staging = stage_dir / f"{MODEL_FOLDER}.incomplete"

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..data.sampler import ModalityLengthSampler
 from .optimization import ProgressScheduler, build_optimizer
 from .recipe import Recipe, StageRecipe
 
@@ -48,6 +50,8 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, seq
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
         train_sampling_strategy="sequential" if sequential else "random",
+        # rows differ in length and number of images, so a stream's batches cannot be cut from one big one
+        accelerator_config={"dispatch_batches": False},
         label_names=["labels"],
     )
 
@@ -85,6 +89,18 @@ class StageTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.stage.group_by == "none":
+            return super()._get_train_sampler(dataset)
+        return ModalityLengthSampler(
+            dataset.sizes(),
+            self.processing_class.num_image_tokens,
+            self.stage.batch_size,
+            self.stage.gradient_accumulation * self.args.world_size,
+            self.args.seed,
+        )
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -94,6 +110,8 @@ class StageTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         # a cache, and the logits of prompts, would be filled and thrown away
         inputs = {**inputs, "use_cache": False, "loss_only": not return_outputs}
+        if num_items_in_batch is not None:  # a step whose samples are all broken has nothing to learn, not 0 / 0
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_output_dir(self, trial: Any) -> str:
