@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "flashsloth_cli.commands.evaluate_synthetic:evaluate_synthetic",
         "Exact match on held-out rendered images.",
     ),
+    "bench": ("flashsloth_cli.commands.bench:app", "Cost of FlashSloth and its peers: tokens, FLOPs, memory."),
     "demo": ("flashsloth_cli.commands.demo:demo", "Three questions about sample images."),
 }
 

@@ -1,0 +1,1 @@
+"""What FlashSloth and its peers cost: visual tokens, parameters, arithmetic and memory."""

@@ -1,0 +1,202 @@
+"""The static tier of the bench: what models cost by arithmetic alone, for given images, on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .arithmetic import decode_flops, prefill_flops
+from .memory import DTYPES, cache_bytes, cache_bytes_per_token, count_parameters, widest_block_elements
+from .models import MODELS, Origin, model_named
+
+DEFAULT_SIZES = ((384, 384), (768, 768), (1024, 768), (1344, 1344))
+PARTS = ("vision", "connector", "embedded_query", "language_model", "head")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one image and its prompt; a multiply-add is two.
+
+    Attributes:
+        vision: the encoder.
+        compressor: from encoder features to visual tokens, and the embedded query module.
+        prefill: the language model over the prompt, its head at the last position only.
+        decode_token: the first token after the prompt.
+    """
+
+    vision: int
+    compressor: int
+    prefill: int
+    decode_token: int
+
+    @property
+    def to_first_token(self) -> int:
+        """All that happens before the first token of the answer is known."""
+        return self.vision + self.compressor + self.prefill
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a batch.
+
+    Attributes:
+        weights: of all parts.
+        cache: keys, values and recurrent states after the prompt.
+        activations: estimate of what else is alive at the widest point, the encoder's or the language model's.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """What an image of a size costs.
+
+    Attributes:
+        width, height: of the image in pixels.
+        views: images the encoder sees.
+        patches: encoder patches of all views.
+        visual_tokens: tokens the language model reads for the image.
+        prompt_tokens: visual tokens, text tokens, and the model's own query tokens.
+        flops: of one image.
+        memory: of the batch.
+    """
+
+    width: int
+    height: int
+    views: int
+    patches: int
+    visual_tokens: int
+    prompt_tokens: int
+    flops: Flops
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs.
+
+    Attributes:
+        name, title, origin, notes: see `models.BenchModel`.
+        parameters: by part, see `PARTS`; a part that is tied to an earlier one counts nothing.
+        published_parameters: where a published count could be found.
+        cache_bytes_per_token: keys and values of one more token.
+        decode_bytes: weights read to make one token.
+        images: one entry per size.
+    """
+
+    name: str
+    title: str
+    origin: Origin
+    notes: str
+    parameters: dict[str, int]
+    published_parameters: int | None
+    cache_bytes_per_token: int
+    decode_bytes: int
+    images: list[ImageCost]
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with totals, for JSON."""
+        plain = {**asdict(self), "total_parameters": self.total_parameters}
+        for values, image in zip(plain["images"], self.images, strict=True):
+            values["flops"]["to_first_token"] = image.flops.to_first_token
+            values["memory"]["total"] = image.memory.total
+        return plain
+
+
+def measure(name: str, sizes: Sequence[tuple[int, int]], text_tokens: int, dtype: str, batch: int = 1) -> ModelCost:
+    """Counts a model's tokens, parameters, operations and bytes. No memory is taken for weights.
+
+    Args:
+        name: key of `models.MODELS`.
+        sizes: (width, height) of images in pixels.
+        text_tokens: of the prompt beside the image.
+        dtype: key of `memory.DTYPES`.
+        batch: prompts at a time, one image each; only memory depends on it.
+
+    Raises:
+        ValueError: an unknown model or dtype, or a model that this version of transformers lacks.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    entry, element = model_named(name), DTYPES[dtype]
+    model = entry.on_meta()
+    parts = entry.dissect(model)
+    seen: set = set()
+    modules = {
+        "connector": parts.connector,
+        "embedded_query": parts.embedded_query,
+        "vision": [parts.vision],
+        "language_model": [parts.language_model],
+        "head": [parts.head],
+    }
+    parameters = {part: count_parameters(found, seen) for part, found in modules.items()}
+    weights = sum(parameters.values())
+    config, layers, head = parts.text_config, parts.layers, parts.head
+    block = widest_block_elements(layers[0], config.hidden_size)
+    images = []
+    for width, height in sizes:
+        image = entry.rule(width, height)
+        prompt = image.tokens + parts.query_tokens + text_tokens
+        flops = Flops(
+            vision=parts.vision_flops(image),
+            compressor=parts.connector_flops(image, prompt),
+            prefill=prefill_flops(layers, config, head, prompt),
+            decode_token=decode_flops(layers, config, head, prompt + 1),
+        )
+        alive = max(parts.vision_elements(image), prompt * block + parts.kept_elements(image))
+        memory = Memory(
+            weights=weights * element,
+            cache=batch * cache_bytes(config, prompt, element),
+            activations=batch * alive * element,
+        )
+        images.append(ImageCost(width, height, image.views, image.patches, image.tokens, prompt, flops, memory))
+    return ModelCost(
+        name=name,
+        title=entry.title,
+        origin=entry.origin,
+        notes=entry.notes,
+        parameters={part: parameters[part] for part in PARTS},
+        published_parameters=entry.published_parameters,
+        cache_bytes_per_token=cache_bytes_per_token(config, element),
+        decode_bytes=element * count_parameters([*layers, head], set()),
+        images=images,
+    )
+
+
+def available_models() -> list[str]:
+    """Names of the models that the installed transformers can build."""
+    return [name for name, model in MODELS.items() if model.available]
+
+
+def measure_all(
+    names: Sequence[str] | None,
+    sizes: Sequence[tuple[int, int]],
+    text_tokens: int,
+    dtype: str,
+    batch: int = 1,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[ModelCost]:
+    """`measure` for several models; None takes all that the installed transformers can build.
+
+    All names are checked before the first model is built. `progress` is called with each name before its turn.
+    """
+    chosen = list(dict.fromkeys(available_models() if names is None else names))
+    for name in chosen:
+        model_named(name)
+    costs = []
+    for name in chosen:
+        progress(name)
+        costs.append(measure(name, sizes, text_tokens, dtype, batch))
+    return costs

@@ -1,0 +1,110 @@
+"""`flashsloth bench`: what FlashSloth and its peers cost."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_SIZES = "384x384,768x768,1024x768,1344x1344"
+# wide enough for every column where the output is no terminal
+FILE_WIDTH = 170
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Compare the cost of FlashSloth with that of other small vision-language models at their real sizes.
+
+    [bold]tokens[/bold] counts by arithmetic: seconds, on any machine, no weights, no download.
+    """
+
+
+def _parse_sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip().lower())
+        if match is None:
+            raise ValueError(
+                f"--sizes has {part!r}; give WIDTHxHEIGHT in pixels, separated by commas: {DEFAULT_SIZES}"
+            )
+        sizes.append((int(match[1]), int(match[2])))
+    return list(dict.fromkeys(sizes))
+
+
+@app.command()
+def tokens(
+    models: Annotated[
+        str | None, typer.Option(help="Names separated by commas; default all. See --list.", show_default=False)
+    ] = None,
+    sizes: Annotated[str, typer.Option(metavar="WxH,...", help="Image sizes in pixels.")] = DEFAULT_SIZES,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt beside the image.", min=0)] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; only memory depends on it.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Prompts at a time; only memory depends on it.", min=1)] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every number here.", show_default=False)
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the tables here.", show_default=False)
+    ] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="List the models and stop.")] = False,
+) -> None:
+    """Visual tokens, parameters, FLOPs and memory, from configurations alone.
+
+    Each model sees the image as its own default preprocessing cuts it. A multiply-add is two FLOPs, attention counts
+    every pair of positions, the head runs once. Activations are an estimate; tokens, parameters, FLOPs, weights and
+    KV are exact.
+
+    [bold]Examples[/bold]
+
+      flashsloth bench tokens
+
+      flashsloth bench tokens --models flashsloth,qwen2-vl-2b --sizes 1920x1080 --text-tokens 200
+
+      flashsloth bench tokens --json tokens.json --markdown tokens.md
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from flashsloth.bench.models import MODELS
+    from flashsloth.bench.report import write_json, write_markdown
+    from flashsloth.bench.tables import notes, tables
+    from flashsloth.bench.tokens import available_models, measure_all
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    if list_models:
+        table = Table("name", "model", "built", box=None, pad_edge=False)
+        for name, model in MODELS.items():
+            table.add_row(name, model.title, model.origin)
+        console.print(table)
+        return
+    names = None if models is None else [name.strip() for name in models.split(",")]
+    sizes_given = _parse_sizes(sizes)
+    with Console(stderr=True).status("counting") as status:
+        costs = measure_all(
+            names, sizes_given, text_tokens, dtype, batch, progress=lambda name: status.update(f"counting {name}")
+        )
+    missing = [name for name in MODELS if names is None and name not in available_models()]
+    if missing:
+        Console(stderr=True).print(f"left out, needs a newer transformers: {', '.join(missing)}", style="dim")
+    found = tables(costs, text_tokens, dtype, batch)
+    for data in found:
+        table = Table(title=data.title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+        for column, heading in enumerate(data.columns):
+            table.add_column(heading, justify="right" if column else "left")
+        for row in data.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for line in notes(costs):
+        console.print(line, style="dim")
+    settings = {"sizes": sizes_given, "text_tokens": text_tokens, "dtype": dtype, "batch": batch}
+    if json_file is not None:
+        write_json(json_file, costs, settings)
+    if markdown_file is not None:
+        write_markdown(markdown_file, costs, text_tokens, dtype, batch)
