@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.activations import NewGELUActivation, QuickGELUActivation
 
 from .arithmetic import SLIDING, head_dim, layer_types
 
 DTYPES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# activations written as several operations keep more copies of their input alive
+_EXTRA_COPIES: dict[type[nn.Module], int] = {NewGELUActivation: 2, QuickGELUActivation: 1}
 _STATE_BYTES = 4  # the recurrent state of the gated delta rule is kept in float32
 
 
@@ -71,8 +74,9 @@ def widest_block_elements(layer: nn.Module, hidden_size: int) -> int:
         linears = [m for m in parent.children() if isinstance(m, nn.Linear)]
         if len(linears) > 1:
             # what all but the output projection make, and the input of that
-            made = sum(m.out_features for m in linears) - hidden_size
-            widest = max(widest, made + max(m.in_features for m in linears))
+            made, read = sum(m.out_features for m in linears) - hidden_size, max(m.in_features for m in linears)
+            extra = sum(_EXTRA_COPIES.get(type(m), 0) for m in parent.children())
+            widest = max(widest, made + read * (1 + extra))
     return 2 * hidden_size + widest
 
 
