@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -30,6 +30,7 @@ class Collator:
             its last words.
         pad_to_multiple_of: lengths are rounded up to this, so that fewer distinct shapes are compiled.
         packing: `rows`: lay the samples into as few rows of `max_length` as they need; `single_row`: into one row.
+        chat_template_kwargs: variables of the chat template.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Collator:
         max_length: int,
         pad_to_multiple_of: int | None = None,
         packing: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if packing not in (None, "rows", "single_row"):
             raise ValueError(f"packing is {packing!r}; use rows, single_row or None")
@@ -47,6 +49,7 @@ class Collator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.packing = packing
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def __call__(self, items: Sequence[Record | Sample]) -> dict[str, Tensor]:
         """Batch tensors as `FlashSlothForConditionalGeneration.forward` takes them, with labels.
@@ -143,6 +146,7 @@ class Collator:
             return_dict=True,
             max_length=NO_LIMIT,  # too long a conversation is cut by whole turns
             **self._options(with_pixels),
+            **self.chat_template_kwargs,
         )
         return dict(batch)
 

@@ -84,6 +84,8 @@ class StageRecipe:
     """Key in the recipe's `data`."""
     template: Literal["plain", "chat"]
     """`plain`: image and caption, loss on the caption; `chat`: conversation, loss on the answers."""
+    chat_template_kwargs: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Variables of the chat template; `space_before_query: true` is what the published weights were trained with."""
     train: Annotated[list[PartName], Field(min_length=1)]
     """Parts that receive gradients; every other part stays frozen."""
     learning_rate: Annotated[float, Field(gt=0)]
@@ -137,6 +139,8 @@ class StageRecipe:
             raise ValueError(f"stage {self.name!r}: muon_learning_rate contradicts optimizer: {self.optimizer}")
         if self.template == "plain" and self.turns is not None:
             raise ValueError(f"stage {self.name!r}: turns contradicts template: plain, which has one caption an image")
+        if self.template == "plain" and self.chat_template_kwargs:
+            raise ValueError(f"stage {self.name!r}: chat_template_kwargs contradicts template: plain")
         if self.schedule == "warmup_stable_decay" and self.warmup + self.decay > 1:
             raise ValueError(f"stage {self.name!r}: warmup and decay together exceed the stage")
         if len(set(self.train)) != len(self.train):
