@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -56,6 +57,8 @@ def counted(module: nn.Module, call) -> int:
 @pytest.mark.parametrize("model_type", DECODERS)
 @pytest.mark.parametrize("positions", [7, 70])
 def test_language_model(model_type: str, positions: int) -> None:
+    if model_type == "qwen3_5_text" and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("older versions compute the gated delta rule by other products")
     config = CONFIG_MAPPING[model_type](**TEXT | DECODERS[model_type])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval()
@@ -186,9 +189,9 @@ def test_minicpm_v_4_6_vision() -> None:
         "MiniCPMV4_6ForConditionalGeneration", text_config=text("qwen3_5_text", **DELTA).to_dict(),
         vision_config=VISION | {"patch_size": 4, "image_size": 32}, insert_layer_id=1, attn_implementation="eager",
     )  # fmt: skip
-    grids = ((8, 8), (4, 12))
+    grids = ((4, 12), (4, 12))
     pixels = torch.zeros(1, 3, 4, 4 * sum(rows * columns for rows, columns in grids))
-    image = VisualInput(grids, 4 + 3)
+    image = VisualInput(grids, 3 + 3)
     call = lambda: model.model.get_image_features(pixels, target_sizes=torch.tensor(grids))  # noqa: E731
     assert_vision(anatomy.minicpm_v_4_6(model), image, model, call)
 
@@ -241,6 +244,14 @@ def test_rebuilt_vision(family: str) -> None:
 
     assert call().shape == (1 if family != "minicpm_v_2" else 3, tokens // (3 if family == "minicpm_v_2" else 1), 48)
     assert_vision(getattr(anatomy, family)(model), image, model, call)
+
+
+def test_fastvithd_is_timms_encoder() -> None:
+    with torch.device("meta"):
+        encoder = rebuilt.FastViTHD()
+    # parameters and operations of timm 1.0.31's fastvit_mci3 without head, with inference_mode=True
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 122_714_208
+    assert counted_flops(encoder, (1, 3, 1024, 1024)) == 486_707_822_592
 
 
 def test_fastvithd_by_hand() -> None:

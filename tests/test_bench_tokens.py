@@ -173,6 +173,14 @@ def test_building_takes_no_memory() -> None:
         assert {parameter.device.type for parameter in MODELS[name].on_meta().parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.origin == "own"])
+def test_rules_of_flashsloth_are_those_of_its_configuration(name: str) -> None:
+    config = MODELS[name].on_meta().config
+    grid = (config.grid_height, config.grid_width)
+    expected = VisualInput((grid,) * config.num_views, config.num_image_tokens)
+    assert MODELS[name].rule(1024, 768) == expected
+
+
 # -- token rules against the preprocessors of transformers ---------------------------------------------------------
 
 RANDOM = random.Random(0)
@@ -385,6 +393,15 @@ def test_bad_settings_are_one_line(arguments: list[str], words: list[str], capsy
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert all(word in errors[0] for word in words)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert " tokens " in capsys.readouterr().out
+    assert main(["bench", "tokens", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Examples" in out
+    assert "flashsloth bench tokens --models" in out
 
 
 def test_default_sizes_agree() -> None:

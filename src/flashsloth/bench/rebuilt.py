@@ -158,6 +158,8 @@ class _SqueezeAndExcite(nn.Module):
 class FastViTHD(nn.Sequential):
     """FastVLM's convolutional encoder with its branches merged: five stages, attention in the last ones, stride 64.
 
+    Of the size of timm's `fastvit_mci3` in inference mode, which needs timm and torchvision.
+
     Args:
         depths: blocks of each stage.
         width: channels of the first stage; they double from stage to stage.

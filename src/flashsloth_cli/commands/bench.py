@@ -54,15 +54,15 @@ def tokens(
 ) -> None:
     """Visual tokens, parameters, FLOPs and memory, from configurations alone.
 
-    Each model sees the image as its own default preprocessing cuts it. A multiply-add is two FLOPs, attention counts
-    every pair of positions, the head runs once. Activations are an estimate; tokens, parameters, FLOPs, weights and
-    KV are exact.
+    Each model sees the image as its own default preprocessing cuts it.
+    A multiply-add is two FLOPs; attention counts every pair of positions; the
+    head runs once. Activations are an estimate.
 
     [bold]Examples[/bold]
 
       flashsloth bench tokens
 
-      flashsloth bench tokens --models flashsloth,qwen2-vl-2b --sizes 1920x1080 --text-tokens 200
+      flashsloth bench tokens --models flashsloth,qwen2-vl-2b --sizes 1920x1080
 
       flashsloth bench tokens --json tokens.json --markdown tokens.md
     """
