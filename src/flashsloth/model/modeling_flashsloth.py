@@ -429,7 +429,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_features=outputs.image_features,
+            image_features=None if loss_only else outputs.image_features,
         )
         return output if _returns_dict(self.config, return_dict) else output.to_tuple()
 

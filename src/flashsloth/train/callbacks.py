@@ -83,6 +83,8 @@ class Clock(TrainerCallback):
             self.save_seconds is not None and first_rank_value(time.monotonic() - self._last_save) >= self.save_seconds
         ):
             control.should_save = True
+        # the mean loss since the last line is not in the checkpoint, so a resumed run begins a new line as well
+        control.should_log = control.should_log or control.should_save
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

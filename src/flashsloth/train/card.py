@@ -13,7 +13,8 @@ def write_card(folder: Path, recipe: Recipe, stage: StageRecipe, model: PreTrain
     """Write README.md: what was trained on what, for how long, to which loss, and the whole recipe."""
     sizes = dict.fromkeys(PART_NAMES, 0)
     for name, parameter in model.named_parameters():
-        sizes[part_of(name)] += parameter.numel()
+        # DeepSpeed leaves an empty tensor where it has taken a parameter apart
+        sizes[part_of(name)] += getattr(parameter, "ds_numel", parameter.numel())
     last = {}
     if log.exists():
         for line in log.read_text().splitlines():

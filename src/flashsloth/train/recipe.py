@@ -179,8 +179,10 @@ class Recipe:
     stages: Annotated[list[StageRecipe], Field(min_length=1)]
     output_dir: Path
     seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """`bfloat16`: float32 weights under bfloat16 autocast."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Weights are float32; `bfloat16` and `float16` compute under autocast, the latter with a scaled loss."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: bool = False
     logging: LoggingRecipe = Field(default_factory=LoggingRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)

@@ -1,12 +1,9 @@
 """Run a recipe: stage after stage, to one ordinary model folder."""
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -20,7 +17,7 @@ from .callbacks import Clock, LogFile
 from .card import write_card
 from .freeze import format_counts, set_trainable_parts
 from .recipe import Recipe, StageRecipe, dump_recipe
-from .trainer import StageTrainer, training_arguments
+from .trainer import StageTrainer, training_arguments, uses_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
     output_dir = recipe.output_dir
     if not resume and (output_dir / RECIPE_FILE).exists():
         raise ValueError(f"output_dir {output_dir} already holds a run; continue it with --resume, or choose another")
-    processes = PartialState(cpu=not torch.accelerator.is_available())
+    processes = PartialState(cpu=uses_cpu())
     processes.wait_for_everyone()
     if processes.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -53,15 +50,17 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
     set_seed(recipe.seed)
     model: FlashSlothForConditionalGeneration | None = None
     processor: FlashSlothProcessor | None = None
+    finished: Path | None = None
     for stage in recipe.stages:
-        finished = output_dir / stage.name / MODEL_FOLDER
-        if finished.exists():
+        folder = output_dir / stage.name / MODEL_FOLDER
+        if folder.exists():
             logger.info("stage %s is finished already", stage.name)
-            model, processor = load(finished)
-            continue
-        if model is None or processor is None:
-            model, processor = build(recipe.model)
-        _run_stage(recipe, stage, model, processor, callbacks)
+        else:
+            if model is None or processor is None:
+                model, processor = build(recipe.model) if finished is None else load(finished)
+            if _run_stage(recipe, stage, model, processor, callbacks):
+                model = processor = None  # what this process holds of it is a share
+        finished = folder
     return output_dir / recipe.stages[-1].name / MODEL_FOLDER
 
 
@@ -71,7 +70,8 @@ def _run_stage(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
     callbacks: Sequence[TrainerCallback],
-) -> None:
+) -> bool:
+    """Train one stage and write its folder; returns whether the model has been sharded over processes."""
     stage_dir = recipe.output_dir / stage.name
     stage_dir.mkdir(parents=True, exist_ok=True)
     dataset = build_dataset(recipe, stage, model.config.image_height)
@@ -101,13 +101,11 @@ def _run_stage(
     if dataset.num_broken:
         logger.warning("stage %s: this process skipped %d broken samples", stage.name, dataset.num_broken)
     model.eval()
-    if trainer.is_world_process_zero():
-        staging = stage_dir / f"{MODEL_FOLDER}.incomplete"
-        shutil.rmtree(staging, ignore_errors=True)
-        trainer.save_model(str(staging))
-        write_card(staging, recipe, stage, model, recipe.output_dir / LOG_FILE)
-        os.replace(staging, stage_dir / MODEL_FOLDER)
-    trainer.accelerator.wait_for_everyone()
+    log = recipe.output_dir / LOG_FILE
+    trainer.save_result(
+        stage_dir / MODEL_FOLDER, finish=lambda folder: write_card(folder, recipe, stage, model, log)
+    )
+    return trainer.is_sharded
 
 
 def _record_recipe(recipe: Recipe, path: Path) -> None:

@@ -2,28 +2,42 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import strtobool
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.sampler import ModalityLengthSampler
 from .optimization import ProgressScheduler, build_optimizer
+from .participation import EveryPartTakesPart
 from .recipe import Recipe, StageRecipe
+from .saving import replace_folder, staged
 
 # Steps of a stage that only the clock ends; the Trainer wants a number.
 UNLIMITED_STEPS = 10**9
 _STAGING = "incomplete"
+# What the launcher sets when it asks for sharding, and what accelerate then makes of the run.
+SHARDING_VARIABLES = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+}
+
+
+def uses_cpu() -> bool:
+    """Whether training runs on the CPU, which is so where there is nothing faster."""
+    return not torch.accelerator.is_available()
 
 
 def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, sequential: bool) -> TrainingArguments:
     """Translate a stage into the Trainer's arguments."""
     workers = recipe.loader.workers
     steps = stage.max_steps or (UNLIMITED_STEPS if stage.epochs is None else -1)
-    bfloat16 = recipe.precision == "bfloat16"
     return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=stage.batch_size,
@@ -35,8 +49,13 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, seq
         num_train_epochs=stage.epochs or 1,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        bf16=bfloat16,
-        use_cpu=not torch.accelerator.is_available(),
+        bf16=recipe.precision == "bfloat16",
+        fp16=recipe.precision == "float16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # a stage may list parts that its data does not reach: queries when it learns captions
+        ddp_find_unused_parameters=True,
+        use_cpu=uses_cpu(),
         logging_steps=recipe.logging.every_steps,
         disable_tqdm=True,
         report_to=_reporters(recipe),
@@ -56,6 +75,12 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, seq
     )
 
 
+def sharded_layers(model: PreTrainedModel) -> list[str]:
+    """Class names of the layers that FSDP gathers one at a time: those of this encoder and this decoder."""
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(model._no_split_modules))
+
+
 def _reporters(recipe: Recipe) -> list[str]:
     from transformers.integrations import is_tensorboard_available
 
@@ -72,6 +97,22 @@ class StageTrainer(Trainer):
         self.stage = stage
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
+        self.add_callback(EveryPartTakesPart())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        for variable, kind in SHARDING_VARIABLES.items():
+            if strtobool(os.environ.get(variable, "false")) and state.distributed_type != kind:
+                raise ValueError(
+                    f"the launcher asks for {kind.value}, but this run is {state.distributed_type.value} on "
+                    f"{state.device}: accelerate shards on accelerators only, and from two processes on. Launch with "
+                    "configs/accelerate/ddp.yaml"
+                )
+        if state.distributed_type == DistributedType.FSDP:
+            plugin = state.fsdp_plugin
+            if plugin.transformer_cls_names_to_wrap is None:
+                plugin.transformer_cls_names_to_wrap = sharded_layers(self.model)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -120,19 +161,50 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write beside the others and rename, so that a kill or a full disk never leaves half a checkpoint."""
         run_dir = Path(self.args.output_dir)
-        self._staging = run_dir / _STAGING
+        self._staging = staging = run_dir / _STAGING
         try:
-            if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            # every process writes its own random state: none before the folder is clean, none after it is renamed
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            with staged(staging, remove=self.args.should_save):
+                if self.args.should_save:
+                    shutil.rmtree(staging, ignore_errors=True)
+                # every process writes its own random state: none before the folder is clean, none after it is renamed
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
         finally:
-            staging, self._staging = self._staging, None
+            self._staging = None
         if self.args.should_save:
             for folder in staging.iterdir():
-                shutil.rmtree(run_dir / folder.name, ignore_errors=True)
-                os.replace(folder, run_dir / folder.name)
+                replace_folder(folder, run_dir / folder.name)
             staging.rmdir()
             rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_result(self, folder: Path, finish: Callable[[Path], None]) -> None:
+        """Write the trained model as an ordinary folder; every process calls it, the first one writes.
+
+        Args:
+            finish: adds what else belongs in the folder, before it appears.
+        """
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        staging = folder.with_name(f"{folder.name}.{_STAGING}")
+        with staged(staging, remove=self.args.should_save):
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.save_model(str(staging))
+            if self.args.should_save:
+                finish(staging)
+                replace_folder(staging, folder)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds only a share of the model, its gradients or its optimiser."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # a run that was killed after its last step, before its model was written, has nothing left to learn
+        if self.state.global_step >= self.state.max_steps or self.lr_scheduler.is_over:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
