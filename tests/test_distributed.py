@@ -6,7 +6,6 @@ Measured on the data below, eight steps of two micro-batches, against one proces
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import yaml
 from PIL import Image
 from tiny_models import build_rows, tiny_model
 
+from flashsloth.inference import load_model
 from flashsloth.train.participation import add_blank_images
 from flashsloth.train.trainer import SHARDING_VARIABLES
 
@@ -99,29 +99,34 @@ def needs_deepspeed(name: str):
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason="deepspeed is not installed"))
 
 
+def launcher(kind: str) -> list[str]:
+    """The module and arguments in front of `train` that run it on `PROCESSES` processes."""
+    if kind == "torchrun":
+        return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), "-m", "flashsloth_cli"]
+    program = ["-m", "flashsloth_cli"] if kind == "ddp" else [str(Path(__file__).with_name("launch_on_cpu.py"))]
+    return [
+        *("accelerate.commands.launch", "--config_file", str(ACCELERATE / f"{kind}.yaml")),
+        *("--num_processes", str(PROCESSES), "--main_process_port", "0"),
+        *program,
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torchrun", "ddp", "fsdp2", needs_deepspeed("zero2"), needs_deepspeed("zero3")])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", needs_deepspeed("zero2"), needs_deepspeed("zero3")])
 def test_two_processes_give_the_losses_of_one(recipe, alone, kind):
     folder = recipe.parent / kind
     per_process = f"stages.mixed.batch_size={GLOBAL_BATCH // PROCESSES}"
-    training = ["train", str(recipe), f"output_dir={folder}", per_process]
-    if kind == "torchrun":
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), "-m", "flashsloth_cli"]
-    else:
-        launcher = [
-            *("accelerate.commands.launch", "--config_file", str(ACCELERATE / f"{kind}.yaml")),
-            *("--num_processes", str(PROCESSES), "--main_process_port", "0"),
-            str(Path(__file__).with_name("launch_on_cpu.py")),
-        ]
-    launch(launcher, *training)
+    launch(launcher(kind), "train", str(recipe), f"output_dir={folder}", per_process)
     together = logged(folder)
     assert [row["step"] for row in together] == [row["step"] for row in alone] == list(range(1, STEPS + 1))
+    worst = {"loss": 0.0, "grad_norm": 0.0}
     for one, two in zip(alone, together, strict=True):
-        assert math.isclose(one["loss"], two["loss"], rel_tol=TOLERANCE), (kind, one, two)
-        assert math.isclose(one["grad_norm"], two["grad_norm"], rel_tol=GRADIENT_TOLERANCE), (kind, one, two)
-    result = folder / "mixed" / "model"
-    launch(["flashsloth_cli"], "info", str(result))
-    assert (result / "README.md").is_file()
+        for name in worst:
+            worst[name] = max(worst[name], abs(one[name] - two[name]) / one[name])
+    print(f"{kind}: largest relative differences {worst}")
+    assert worst["loss"] < TOLERANCE and worst["grad_norm"] < GRADIENT_TOLERANCE, worst
+    result = load_model(folder / "mixed" / "model", "float32")
+    assert all(value.dtype == torch.float32 for value in result.parameters())
 
 
 def gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
@@ -178,7 +183,8 @@ def test_sharding_that_would_not_happen_is_refused(tmp_path, variable):
         text=True,
     )
     assert result.returncode == 2
-    assert "configs/accelerate/ddp.yaml" in result.stderr and len(result.stderr.splitlines()) == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: the launcher asks for") and "configs/accelerate/ddp.yaml" in error
 
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)

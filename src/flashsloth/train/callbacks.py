@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ class LogFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line]
+            # a line without its end was cut by a kill or a full disk
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            rows = [json.loads(line) for line in lines]
             rows = [row for row in rows if row["stage"] != self.stage or row["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            staging = self.path.with_name(f"{self.path.name}.incomplete")
+            staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(staging, self.path)
         self._last = (time.monotonic(), state.global_step)
 
     def on_log(

@@ -64,7 +64,8 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, seq
         save_total_limit=recipe.checkpoints.keep,
         dataloader_num_workers=workers,
         dataloader_prefetch_factor=recipe.loader.prefetch if workers else None,
-        dataloader_persistent_workers=workers > 0,
+        # new workers for each epoch: starting them draws a random number, in a resumed run as in one that goes on
+        dataloader_persistent_workers=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -105,9 +106,8 @@ class StageTrainer(Trainer):
         for variable, kind in SHARDING_VARIABLES.items():
             if strtobool(os.environ.get(variable, "false")) and state.distributed_type != kind:
                 raise ValueError(
-                    f"the launcher asks for {kind.value}, but this run is {state.distributed_type.value} on "
-                    f"{state.device}: accelerate shards on accelerators only, and from two processes on. Launch with "
-                    "configs/accelerate/ddp.yaml"
+                    f"the launcher asks for {kind.value}, which needs accelerators and at least two processes; this "
+                    f"run has {state.num_processes} on {state.device}. Launch with configs/accelerate/ddp.yaml"
                 )
         if state.distributed_type == DistributedType.FSDP:
             plugin = state.fsdp_plugin
