@@ -11,19 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_distributed import PARTS, write_mixed_recipe
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.model.checkpoint_folder import size_of
 from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
 from flashsloth.train.trainer import StageTrainer
+from mixed_recipe import write_mixed_recipe
 
 # Six steps an epoch, so that runs end and are killed in later epochs than the first. Dropout and shuffling are on, and
 # samples are read by worker processes: every random number has to be where it was.
 STEPS, EVERY = 14, 3
 OVERRIDES = [
-    f"stages.mixed.max_steps={STEPS}",
     "stages.mixed.gradient_accumulation=1",
     "model.config.compressor_dropout=0.3",
     f"checkpoints.every_steps={EVERY}",
@@ -34,7 +33,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory) -> Path:
-    return write_mixed_recipe(tmp_path_factory.mktemp("mixed"))
+    return write_mixed_recipe(tmp_path_factory.mktemp("mixed"), STEPS)
 
 
 def to(folder: Path, recipe_file: Path) -> list[str]:
@@ -178,7 +177,3 @@ def test_full_disk(small_disk, uninterrupted, recipe_file):
     subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
     run(loaded(folder, recipe_file), resume=True)
     assert_same_run(folder, uninterrupted)
-
-
-def test_all_parts_learn_in_these_runs(recipe_file):
-    assert loaded(recipe_file.parent, recipe_file).stages[0].train == PARTS

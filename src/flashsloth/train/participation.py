@@ -52,7 +52,9 @@ class EveryPartTakesPart(TrainerCallback):
         assert model is not None, "the Trainer passes its model"
         self._handle = add_blank_images(model)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._handle.remove()
 
 

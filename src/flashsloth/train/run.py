@@ -102,9 +102,7 @@ def _run_stage(
         logger.warning("stage %s: this process skipped %d broken samples", stage.name, dataset.num_broken)
     model.eval()
     log = recipe.output_dir / LOG_FILE
-    trainer.save_result(
-        stage_dir / MODEL_FOLDER, finish=lambda folder: write_card(folder, recipe, stage, model, log)
-    )
+    trainer.save_result(stage_dir / MODEL_FOLDER, finish=lambda folder: write_card(folder, recipe, stage, model, log))
     return trainer.is_sharded
 
 

@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import strtobool
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import strtobool
 
 from ..data.sampler import ModalityLengthSampler
 from .optimization import ProgressScheduler, build_optimizer
