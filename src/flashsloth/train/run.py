@@ -17,7 +17,7 @@ from .callbacks import Clock, LogFile
 from .card import write_card
 from .freeze import format_counts, set_trainable_parts
 from .recipe import Recipe, StageRecipe, dump_recipe
-from .trainer import StageTrainer, training_arguments, uses_cpu
+from .trainer import StageTrainer, check_launcher, training_arguments, uses_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
     output_dir = recipe.output_dir
     if not resume and (output_dir / RECIPE_FILE).exists():
         raise ValueError(f"output_dir {output_dir} already holds a run; continue it with --resume, or choose another")
+    if uses_cpu():
+        check_launcher(None)
     processes = PartialState(cpu=uses_cpu())
     processes.wait_for_everyone()
     if processes.is_main_process:

@@ -29,6 +29,20 @@ SHARDING_VARIABLES = {
 }
 
 
+def check_launcher(running: DistributedType | None) -> None:
+    """Refuse a run that would not be sharded although its launcher asks for it: accelerate only ignores it.
+
+    Raises:
+        ValueError: `running`, what accelerate makes of the run, is not what the launcher asks for.
+    """
+    for variable, kind in SHARDING_VARIABLES.items():
+        if strtobool(os.environ.get(variable, "false")) and running != kind:
+            raise ValueError(
+                f"the launcher asks for {kind.value}, which needs accelerators (GPUs), and FSDP at least two; this run "
+                "would go on without it. Launch with configs/accelerate/ddp.yaml"
+            )
+
+
 def uses_cpu() -> bool:
     """Whether training runs on the CPU, which is so where there is nothing faster."""
     return not torch.accelerator.is_available()
@@ -103,12 +117,7 @@ class StageTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        for variable, kind in SHARDING_VARIABLES.items():
-            if strtobool(os.environ.get(variable, "false")) and state.distributed_type != kind:
-                raise ValueError(
-                    f"the launcher asks for {kind.value}, which needs accelerators and at least two processes; this "
-                    f"run has {state.num_processes} on {state.device}. Launch with configs/accelerate/ddp.yaml"
-                )
+        check_launcher(state.distributed_type)
         if state.distributed_type == DistributedType.FSDP:
             plugin = state.fsdp_plugin
             if plugin.transformer_cls_names_to_wrap is None:
