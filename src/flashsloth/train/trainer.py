@@ -38,8 +38,8 @@ def check_launcher(running: DistributedType | None) -> None:
     for variable, kind in SHARDING_VARIABLES.items():
         if strtobool(os.environ.get(variable, "false")) and running != kind:
             raise ValueError(
-                f"the launcher asks for {kind.value}, which needs accelerators (GPUs), and FSDP at least two; this run "
-                "would go on without it. Launch with configs/accelerate/ddp.yaml"
+                f"the launcher asks for {kind.value}, which needs accelerators (GPUs), and FSDP at least two; this "
+                "run would go on without it. Launch with configs/accelerate/ddp.yaml"
             )
 
 
