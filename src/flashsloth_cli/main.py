@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Exact match on held-out rendered images.",
     ),
     "bench": ("flashsloth_cli.commands.bench:app", "Cost of FlashSloth and its peers: tokens, FLOPs, memory."),
+    "run": ("flashsloth_cli.commands.run:run", "Questions about many images, batched and resumable."),
     "demo": ("flashsloth_cli.commands.demo:demo", "Three questions about sample images."),
 }
 

@@ -1,0 +1,167 @@
+"""From records to answered batches: images decoded in worker processes, each picture encoded once a batch."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..inference import FlashSloth
+from ..model.processing_flashsloth import FlashSlothProcessor
+from .records import Record
+
+logger = logging.getLogger(__name__)
+
+# Batches are cut from a sorted stretch of this many batches: rows of one batch then have prompts of like length.
+SORTED_BATCHES = 16
+
+
+@dataclass
+class PreparedBatch:
+    """A batch ready for the model.
+
+    Attributes:
+        records: the rows of `inputs`, in order.
+        inputs: prompts without pixels.
+        pixel_values: (I, V, C, H, W), every different picture once.
+        image_index: for every image of the batch in reading order, its place in `pixel_values`.
+        errors: (record, message) of the records that cannot be asked.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    inputs: BatchFeature | None = None
+    pixel_values: Tensor | None = None
+    image_index: list[int] = field(default_factory=list)
+    errors: list[tuple[Record, str]] = field(default_factory=list)
+
+
+def plan_batches(records: Sequence[Record], batch_size: int) -> list[list[int]]:
+    """Indices of each batch: neighbours in number of images and length of question, near each other in the input."""
+    stretch = batch_size * SORTED_BATCHES
+    batches: list[list[int]] = []
+    for start in range(0, len(records), stretch):
+        indices = list(range(start, min(start + stretch, len(records))))
+        indices.sort(key=lambda index: (len(records[index].images), len(records[index].question)))
+        batches += [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    return batches
+
+
+class BatchPreparation(Dataset):
+    """Item i is the i-th planned batch; made for a DataLoader with `batch_size=None` and worker processes."""
+
+    def __init__(
+        self, records: Sequence[Record], batches: Sequence[Sequence[int]], processor: FlashSlothProcessor, limit: int
+    ) -> None:
+        self.records, self.batches, self.processor, self.limit = records, batches, processor, limit
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> PreparedBatch:
+        return prepare([self.records[row] for row in self.batches[index]], self.processor, self.limit)
+
+
+def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: int) -> PreparedBatch:
+    """Decode, resize and tokenise; a record that fails is named and left out.
+
+    Args:
+        limit: longest prompt in tokens.
+    """
+    batch = PreparedBatch()
+    pixels: list[Tensor] = []
+    places: dict[Any, int] = {}
+    for record in records:
+        mark = len(pixels)
+        try:
+            row_index = []
+            for image in record.images:
+                key = image if isinstance(image, (str, bytes)) else id(image)
+                if key not in places:
+                    pixels.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
+                    places[key] = len(pixels) - 1
+                row_index.append(places[key])
+            tokens = _prompts([record], processor)["input_ids"].shape[1]
+            if tokens > limit:
+                raise ValueError(f"the prompt has {tokens} tokens, the model's context leaves room for {limit}")
+        except (OSError, ValueError) as error:
+            batch.errors.append((record, " ".join(str(error).split())))
+            del pixels[mark:]
+            places = {key: place for key, place in places.items() if place < mark}
+            continue
+        batch.records.append(record)
+        batch.image_index += row_index
+    if batch.records:
+        batch.inputs = _prompts(batch.records, processor)
+    if pixels:
+        batch.pixel_values = torch.cat(pixels)
+    return batch
+
+
+def _prompts(records: Sequence[Record], processor: FlashSlothProcessor) -> BatchFeature:
+    conversations = []
+    for record in records:
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in record.images]
+        conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": record.question}]}])
+    return processor.apply_chat_template(
+        conversations,
+        return_pixel_values=False,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+
+
+@torch.inference_mode()
+def answer(session: FlashSloth, batch: PreparedBatch, max_new_tokens: int) -> list[dict[str, Any]]:
+    """One line of output a record, errors included; greedy.
+
+    A batch that does not fit the accelerator's memory is halved, with a warning, until it does.
+
+    Raises:
+        torch.OutOfMemoryError: a single record does not fit.
+    """
+    lines: list[dict[str, Any]] = [{"id": record.id, "error": message} for record, message in batch.errors]
+    if batch.inputs is None:
+        return lines
+    try:
+        return lines + _answer_rows(session, batch, slice(None), max_new_tokens)
+    except torch.OutOfMemoryError:
+        rows = len(batch.records)
+        if rows == 1:
+            raise
+        torch.accelerator.empty_cache()
+        logger.warning("a batch of %d does not fit the memory; asking it row by row (lower --batch-size)", rows)
+    for row in range(rows):
+        lines += _answer_rows(session, batch, slice(row, row + 1), max_new_tokens)
+    return lines
+
+
+def _answer_rows(session: FlashSloth, batch: PreparedBatch, rows: slice, max_new_tokens: int) -> list[dict[str, Any]]:
+    assert batch.inputs is not None
+    model, tokenizer = session.model, session.processor.tokenizer
+    records = batch.records[rows]
+    inputs = {name: value[rows].to(session.device) for name, value in batch.inputs.items()}
+    first = sum(len(record.images) for record in batch.records[: rows.start or 0])
+    index = batch.image_index[first : first + sum(len(record.images) for record in records)]
+    if batch.pixel_values is not None and index:
+        used = sorted(set(index))
+        pixels_IVCHW = batch.pixel_values[used].to(session.device, model.dtype)
+        features = model.get_image_features(pixels_IVCHW)
+        order = torch.tensor([used.index(place) for place in index], device=session.device)
+        inputs["image_features"] = BaseModelOutputWithPooling(
+            last_hidden_state=features.last_hidden_state[order], pooler_output=features.pooler_output[order]
+        )
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [
+        {"id": record.id, "question": record.question, "answer": text.strip()}
+        for record, text in zip(records, texts, strict=True)
+    ]

@@ -1,0 +1,157 @@
+"""Ask all records of an input and write the answers, on this machine or on a Ray cluster."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load
+from .batches import BatchPreparation, answer, plan_batches, prepare
+from .output import AnswerFile
+from .records import Record
+
+RAY_HINT = "a cluster needs Ray: pip install 'flashsloth[ray]'"
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to ask.
+
+    Attributes:
+        model: packaged model, folder or hub id.
+        device, dtype: as in `flashsloth.inference.load`.
+        batch_size: records asked at once.
+        workers: processes that decode and resize images ahead of the model; 0 does it in between.
+        max_new_tokens: longest answer; default that of the model.
+        retry_errors: ask again what failed in an earlier run.
+        ray_workers: model copies on the Ray cluster (`RAY_ADDRESS`, else one started here); 0 does without Ray.
+    """
+
+    model: str = "nano"
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 32
+    workers: int = 1
+    max_new_tokens: int | None = None
+    retry_errors: bool = False
+    ray_workers: int = 0
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did: records answered and failed in it, skipped as done before, and its seconds without loading."""
+
+    answered: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+def run_records(
+    records: Sequence[Record],
+    output: Path,
+    settings: RunSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunSummary:
+    """Ask every record that `output` does not answer yet.
+
+    Args:
+        output: JSONL file with `id`, `question` and `answer`, or `id` and `error`, a line a record, in the order they
+            were finished. Killed at any time, the next call goes on where this one was.
+        progress: called with (records finished, all of them).
+
+    Raises:
+        ValueError: an output begun with other settings; a bad model, device or dtype.
+        OSError: the disk is full; what was written stays and the run can be continued.
+    """
+    decisive = {"model": settings.model, "dtype": settings.dtype, "max_new_tokens": settings.max_new_tokens}
+    with AnswerFile(output, decisive) as answers:
+        if settings.retry_errors and answers.errors:
+            answers.forget_errors()
+        pending = [record for record in records if record.id not in answers.done]
+        skipped, failed_before = len(records) - len(pending), len(answers.errors)
+        finished = skipped
+        started = time.perf_counter()
+        if pending:
+            batches = (_ray_lines if settings.ray_workers else _local_lines)(pending, settings)
+            next(batches)  # the model is loaded
+            started = time.perf_counter()
+            for lines in batches:
+                answers.add(lines)
+                finished += len(lines)
+                if progress is not None:
+                    progress(finished, len(records))
+        failed = len(answers.errors) - failed_before
+        return RunSummary(len(pending) - failed, failed, skipped, time.perf_counter() - started)
+
+
+def _limits(session: FlashSloth, settings: RunSettings) -> tuple[int, int]:
+    """(longest prompt, longest answer) in tokens."""
+    default = session.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    new_tokens = settings.max_new_tokens or default
+    return session.config.text_config.max_position_embeddings - new_tokens, new_tokens
+
+
+def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lines]:
+    """An empty list when the model is loaded, then the lines of each batch."""
+    session = load(settings.model, settings.device, settings.dtype)
+    longest_prompt, new_tokens = _limits(session, settings)
+    batches = plan_batches(records, settings.batch_size)
+    loader = DataLoader(
+        BatchPreparation(records, batches, session.processor, longest_prompt),
+        batch_size=None,
+        num_workers=settings.workers,
+        multiprocessing_context="spawn" if settings.workers and session.device.type == "cuda" else None,
+        prefetch_factor=2 if settings.workers else None,
+    )
+    yield []
+    for batch in loader:
+        yield answer(session, batch, new_tokens)
+
+
+class RayWorker:
+    """A copy of the model on the cluster; called by Ray Data with a column of records."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.session = load(settings.model, settings.device, settings.dtype)
+        self.longest_prompt, self.new_tokens = _limits(self.session, settings)
+
+    def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
+        batch = prepare(list(columns["record"]), self.session.processor, self.longest_prompt)
+        return {"line": answer(self.session, batch, self.new_tokens)}
+
+
+def _ray_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lines]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(RAY_HINT) from error
+    order = [index for batch in plan_batches(records, settings.batch_size) for index in batch]
+    # images go by value, since a path of this machine means nothing on another
+    items = [{"record": _with_bytes(records[index])} for index in order]
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    on_gpu = settings.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    data = ray.data.from_items(items).map_batches(
+        RayWorker,
+        fn_constructor_args=(settings,),
+        batch_size=settings.batch_size,
+        concurrency=settings.ray_workers,
+        num_gpus=1 if on_gpu else 0,
+        zero_copy_batch=False,
+    )
+    yield []
+    for rows in data.iter_batches(batch_size=settings.batch_size):
+        yield list(rows["line"])
+
+
+def _with_bytes(record: Record) -> Record:
+    images = tuple(
+        Path(image).read_bytes() if isinstance(image, str) and Path(image).is_file() else image
+        for image in record.images
+    )
+    return Record(record.id, images, record.question)

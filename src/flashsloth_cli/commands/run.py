@@ -1,0 +1,82 @@
+"""`flashsloth run`: a question about every image of a folder, or every question of a file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashsloth_cli import options
+
+
+def run(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images; JSON, JSONL, parquet or CSV file of questions; or hub dataset NAME:SPLIT.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file of answers.", show_default=False)],
+    question: Annotated[
+        str | None,
+        typer.Option("--question", "-q", help="Asked of every record without its own.", show_default=False),
+    ] = None,
+    model: options.Model = "nano",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_new_tokens: options.MaxNewTokens = None,
+    batch_size: Annotated[int, typer.Option(help="Records asked at once.", min=1)] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that decode images ahead of the model.", min=0)] = 1,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed before.")] = False,
+    ray: Annotated[
+        int, typer.Option(help="Copies of the model on a Ray cluster (RAY_ADDRESS, else this machine).", min=0)
+    ] = 0,
+) -> None:
+    """Answer questions about many images, in batches.
+
+    Each answer is a line of the output. Stopped or killed, the same command goes on where it was; a record that
+    cannot be asked gets a line with its error, and the others go on.
+
+    [bold]Examples[/bold]
+
+      flashsloth run photos/ -o captions.jsonl --question "what is in the picture?"
+      flashsloth run questions.jsonl -o answers.jsonl --batch-size 64 --workers 4
+      flashsloth run questions.parquet -o answers.jsonl --model Tongbo/FlashSloth-3.2B --device cuda
+      flashsloth run photos/ -o captions.jsonl -q "what is it?" --ray 8
+    """
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging as transformers_logging
+
+    from flashsloth.offline import RunSettings, read_records, run_records
+
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    transformers_logging.disable_progress_bar()
+    records = read_records(data, question)
+    settings = RunSettings(model, device, dtype, batch_size, workers, max_new_tokens, retry_errors, ray)
+    columns = (
+        TextColumn("asking"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("asking", total=len(records), rate="")
+
+        def show(done: int, _total: int) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=done, rate="" if speed is None else f"{speed:.1f} records/s")
+
+        summary = run_records(records, output, settings, show)
+    rate = summary.answered / summary.seconds if summary.answered else 0.0
+    console.print(
+        f"{summary.answered} answered, {summary.failed} failed, {summary.skipped} done before; {rate:.1f} records/s",
+        highlight=False,
+        soft_wrap=True,
+    )
