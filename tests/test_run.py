@@ -34,7 +34,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(pictures) -> Path:
-    """Eighteen records: several questions an image, a text-only neighbour is not possible here, two are broken."""
+    """Eighteen records, several questions an image; two of them are broken."""
     rows = [{"id": f"q{index}", "image": f"{index % 6}.png", "question": QUESTIONS[index % 4]} for index in range(16)]
     (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     rows += [{"id": "broken", "image": "broken.png", "question": "what is it?"}]
