@@ -208,3 +208,22 @@ def test_folders_parquet_and_the_command_line(pictures, tmp_path, capsys):
     assert set(lines(output)) == {"0", "1", "2"}
     assert main(["run", str(tmp_path / "nothing.jsonl"), "-o", str(output)]) == 2
     assert "nothing.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_answers(asked, tmp_path):
+    ray = pytest.importorskip("ray")
+    records = read_records(str(asked))
+    local = RunSettings(device="cpu", batch_size=4, workers=0, max_new_tokens=4)
+    run_records(records, tmp_path / "local.jsonl", local)
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        cluster = RunSettings(device="cpu", batch_size=4, max_new_tokens=4, ray_workers=2)
+        summary = run_records(records, tmp_path / "ray.jsonl", cluster)
+    finally:
+        ray.shutdown()
+    assert (summary.answered, summary.failed) == (16, 2)
+    alone, together = lines(tmp_path / "local.jsonl"), lines(tmp_path / "ray.jsonl")
+    assert {key: row.get("answer") for key, row in alone.items()} == {
+        key: row.get("answer") for key, row in together.items()
+    }

@@ -1,5 +1,6 @@
 """Ask all records of an input and write the answers, on this machine or on a Ray cluster."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ class RayWorker:
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
         batch = prepare(list(columns["record"]), self.session.processor, self.longest_prompt)
-        return {"line": answer(self.session, batch, self.new_tokens)}
+        # as text: Arrow would give all rows of a block the same fields
+        return {"line": [json.dumps(row) for row in answer(self.session, batch, self.new_tokens)]}
 
 
 def _ray_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lines]:
@@ -140,13 +142,13 @@ def _ray_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lin
         RayWorker,
         fn_constructor_args=(settings,),
         batch_size=settings.batch_size,
-        concurrency=settings.ray_workers,
+        compute=ray.data.ActorPoolStrategy(size=settings.ray_workers),
         num_gpus=1 if on_gpu else 0,
         zero_copy_batch=False,
     )
     yield []
     for rows in data.iter_batches(batch_size=settings.batch_size):
-        yield list(rows["line"])
+        yield [json.loads(line) for line in rows["line"]]
 
 
 def _with_bytes(record: Record) -> Record:
