@@ -18,6 +18,8 @@ FAMILIES: dict[str, Callable[..., Sample]] = {
     "pages": render_page,
 }
 FAMILY_IDS = {"scenes": 0, "charts": 1, "text": 2, "photos": 3, "pages": 4}
+# what a model is asked for and scored on; pages serve to practise reading
+DEFAULT_FAMILIES = ("scenes", "charts", "text", "photos")
 TASKS: dict[str, tuple[str, ...]] = {
     "scenes": SCENE_TASKS,
     "charts": CHART_TASKS,
@@ -74,7 +76,7 @@ class SyntheticDataset:
         split: `train` or `test`.
         size: number of items.
         seed: seed of the whole set.
-        weights: share of every family; default equal shares of all.
+        weights: share of every family; default equal shares of scenes, charts, text and photos.
         image_size: width and height in pixels.
         turns: questions an image.
         photos: the photographs of the `photos` family; default `Photographs()`.
@@ -91,7 +93,7 @@ class SyntheticDataset:
         photos: Photographs | None = None,
     ) -> None:
         split_id(split)
-        weights = dict.fromkeys(FAMILIES, 1.0) if weights is None else dict(weights)
+        weights = dict.fromkeys(DEFAULT_FAMILIES, 1.0) if weights is None else dict(weights)
         for family, weight in weights.items():
             _check_family(family)
             if weight < 0:
