@@ -33,7 +33,8 @@ from .config import EvaluationSettings
 from .measure import TrainingUsage, count_flops, mean_counts
 from .plan import PLAN_FILE, RESULT_FILE, TRAINING_FOLDER, write_json
 
-logger = logging.getLogger(__name__)
+# its name as a module: run as a script it is __main__, which the package's logging would leave out
+logger = logging.getLogger("flashsloth.study.worker")
 
 USAGE_FILE, LOCK_FILE = "usage.json", "lock"
 # images whose first question is counted as a prefill
