@@ -122,6 +122,11 @@ def test_a_folder_with_other_settings_is_not_mixed_in(study):
     assert [(run.variant, run.seed) for run in runs] == [("sap", 1)]
     runs[0].write_plan()
     make_plan(study, only=["sap"], seeds=[1])[0].write_plan()
+    # a plan of an older version, whose recipe lacked a field that has its default now
+    plan = json.loads((runs[0].folder / "plan.json").read_text())
+    del plan["recipe"]["torch_compile"]
+    (runs[0].folder / "plan.json").write_text(json.dumps(plan))
+    runs[0].write_plan()
     with pytest.raises(ValueError, match="other settings"):
         make_plan(study, ["stages.finetune.max_steps=5"], only=["sap"])[1].write_plan()
 

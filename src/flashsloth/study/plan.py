@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..train.build import vision_config
-from ..train.recipe import ModelRecipe, Recipe, load_recipe
+from ..train.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe
 from .config import EvaluationSettings, Study
 
 PLAN_FILE, RESULT_FILE, WORKER_LOG = "plan.json", "result.json", "worker.log"
@@ -123,8 +123,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _comparable(plan: dict[str, Any]) -> dict[str, Any]:
-    # a study may be moved
-    return {**plan, "recipe": {**plan["recipe"], "output_dir": None}}
+    """A plan as two starts of a study compare it: it may have been moved, and recipes may have got new fields."""
+    recipe = TypeAdapter(Recipe).dump_python(parse_recipe(plan["recipe"], PLAN_FILE), mode="json")
+    evaluation = TypeAdapter(EvaluationSettings).validate_python(plan["evaluation"])
+    return {**plan, "recipe": {**recipe, "output_dir": None}, "evaluation": evaluation}
 
 
 def _check_names(kind: str, wanted: Sequence[Any] | None, known: Any) -> None:

@@ -15,8 +15,9 @@ def draw_costs(results: dict[str, VariantResults], reference: str, path: Path) -
     """Exact match (mean; bars from the lowest to the highest seed) against tokens, operations and training time."""
     has_reference = reference in results
     base = results[reference].measured("training", "seconds").mean if has_reference else 1.0
+    positions = _set_apart({name: variant.measured("visual_tokens").mean for name, variant in results.items()})
     axes_of: list[tuple[str, Callable[[VariantResults], float]]] = [
-        ("visual tokens an image", lambda variant: variant.measured("visual_tokens").mean),
+        ("visual tokens an image (set apart where equal)", lambda variant: positions[variant.name]),
         ("GFLOPs of a prefill", lambda variant: variant.measured("flops", "prefill", "total").mean / _GIGA),
         (
             f"training time / that of “{results[reference].label}”" if has_reference else "training seconds",
@@ -44,7 +45,9 @@ def draw_costs(results: dict[str, VariantResults], reference: str, path: Path) -
         axes.grid(alpha=0.3)
         if label.startswith("visual"):
             axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({variant.measured("visual_tokens").mean for variant in results.values()}))
             axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+            axes.minorticks_off()
             axes.set_ylabel("exact match in %")
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     _save(figure, path)
@@ -75,6 +78,7 @@ def draw_tasks(results: dict[str, VariantResults], path: Path) -> None:
                 label=variant.label,
             )
         axes.set_yticks(range(len(of_family)), [task.partition("/")[2] for task in of_family], fontsize="small")
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_title(family)
         axes.set_xlabel("exact match in %")
@@ -82,6 +86,15 @@ def draw_tasks(results: dict[str, VariantResults], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     _save(figure, path)
+
+
+def _set_apart(tokens: dict[str, float]) -> dict[str, float]:
+    """Spread equal numbers a little on a logarithmic axis, so that none hides another."""
+    places = {}
+    for name, value in tokens.items():
+        equal = [other for other, count in tokens.items() if count == value]
+        places[name] = value * 1.07 ** (equal.index(name) - (len(equal) - 1) / 2)
+    return places
 
 
 def _errors(mean: float, low: float, high: float) -> list[list[float]]:
