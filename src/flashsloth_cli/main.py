@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("flashsloth_cli.commands.chat:chat", "Talk about an image; it is encoded once."),
     "info": ("flashsloth_cli.commands.info:info", "Architecture, parameters, visual tokens and memory of a model."),
     "convert": ("flashsloth_cli.commands.convert:convert", "Convert the authors' checkpoints, and back."),
+    "data": ("flashsloth_cli.commands.data:app", "Check training data before a GPU is paid for."),
     "train": ("flashsloth_cli.commands.train:train", "Train a model from a recipe."),
     "study": ("flashsloth_cli.commands.study:study", "Train variants of a recipe with several seeds; compare them."),
     "evaluate-synthetic": (

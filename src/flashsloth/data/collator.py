@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
 
 logger = logging.getLogger(__name__)
+
+
+class Measure(NamedTuple):
+    """Tokens and turns of a sample before and after what does not fit is cut off, and its images after that."""
+
+    length: int
+    kept_length: int
+    turns: int
+    kept_turns: int
+    kept_images: int
 
 
 class Collator:
@@ -107,7 +117,28 @@ class Collator:
             "pad_to_multiple_of": None if self.packing else self.pad_to_multiple_of,
         }
 
-    def _encode_captions(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Tensor]:
+    def measure(self, sample: Sample) -> Measure:
+        """Length and turns of a sample, before and after what does not fit is cut off. Images are not processed.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        if self.template == "plain":
+            whole = self._encode_captions([sample], with_pixels=False, max_length=NO_LIMIT)
+            (length,) = whole["attention_mask"].sum(-1).tolist()
+            if length > self.max_length:
+                self._encode_captions([sample], with_pixels=False)  # refuses a cut into the image
+            return Measure(length, min(length, self.max_length), 1, 1, len(sample.images))
+        (length,) = self._lengths(self._apply_template([sample], with_pixels=False))
+        (cut,), (kept_length,) = self._cut([sample], [length])
+        turns, kept_turns = (
+            sum(message["role"] == "user" for message in messages) for messages in (sample.messages, cut.messages)
+        )
+        return Measure(length, kept_length, turns, kept_turns, len(cut.images))
+
+    def _encode_captions(
+        self, samples: Sequence[Sample], with_pixels: bool, max_length: int | None = None
+    ) -> dict[str, Tensor]:
         captions = []
         for sample in samples:
             if sample.caption is None or len(sample.images) != 1:
@@ -117,25 +148,32 @@ class Collator:
             captions,
             images=[sample.images for sample in samples] if with_pixels else None,
             truncation=True,
-            max_length=self.max_length,
+            max_length=max_length or self.max_length,
             **self._options(with_pixels),
         )
         return dict(batch)
 
     def _encode_conversations(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Tensor]:
-        samples = list(samples)
         batch = self._apply_template(samples, with_pixels)
-        lengths = batch["attention_mask"].sum(-1).tolist()
+        lengths = self._lengths(batch)
+        if max(lengths) <= self.max_length:
+            return batch
+        return self._apply_template(self._cut(samples, lengths)[0], with_pixels)
+
+    def _cut(self, samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[list[Sample], list[int]]:
+        """Samples without the turns that do not fit, and their lengths."""
+        samples, lengths = list(samples), list(lengths)
         while max(lengths) > self.max_length:
             samples = [
                 self._without_last_turn(sample, length) if length > self.max_length else sample
                 for sample, length in zip(samples, lengths, strict=True)
             ]
-            batch = self._apply_template(samples, with_pixels=False)
-            lengths = batch["attention_mask"].sum(-1).tolist()
-        if with_pixels and "pixel_values" not in batch and any(sample.images for sample in samples):
-            batch = self._apply_template(samples, with_pixels=True)
-        return batch
+            lengths = self._lengths(self._apply_template(samples, with_pixels=False))
+        return samples, lengths
+
+    @staticmethod
+    def _lengths(batch: Mapping[str, Tensor]) -> list[int]:
+        return batch["attention_mask"].sum(-1).tolist()
 
     def _apply_template(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Tensor]:
         images = [image for sample in samples for image in sample.images]

@@ -11,6 +11,8 @@ from ..model.image_loading import DEFAULT_MAX_PIXELS, load_image
 from .broken import BrokenSamples
 
 IMAGE_PLACEHOLDER = "<image>"
+# What an image of a record may be; anything else is a defect of its own.
+IMAGE_TYPES = (Path, bytes, Image.Image)
 ROLES = ("system", "user", "assistant")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -220,6 +222,9 @@ def _check_order(messages: list[dict[str, Any]]) -> Iterator[Defect]:
             return
     if turns[-1]["role"] == "user":
         yield Defect("no answer", "the last turn is a question without an answer")
+    # an image without a question may be a caption's; whether a stage can learn from it is for its template to say
+    if not all(any(part.get("text", "?").strip() for part in turn["content"]) for turn in turns[::2]):
+        yield Defect("empty question", "a question is empty")
     if any(not message["content"][0]["text"].strip() for message in answers):
         yield Defect("empty answer", "an answer is empty")
 
@@ -233,7 +238,7 @@ def _check_images(record: Record, max_images: int) -> Iterator[Defect]:
     if len(record.images) > max_images:
         yield Defect("too many images", f"{len(record.images)} images, more than max_images {max_images}")
     for source in record.images:
-        if not isinstance(source, (Path, bytes, Image.Image)):
+        if not isinstance(source, IMAGE_TYPES):
             yield Defect(
                 "image is not a file", f"an image is given as {type(source).__name__}, not as a file or its bytes"
             )

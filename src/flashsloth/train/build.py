@@ -46,15 +46,7 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
         text_config = language_weights.config
     else:
         text_config = _sub_config(recipe.language, vocab_size=len(tokenizer))
-    text_config.pad_token_id, text_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    text_config.bos_token_id = tokenizer.bos_token_id
-    config = FlashSlothConfig(
-        vision_config=vision_config(recipe.vision),
-        text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        query_token_id=tokenizer.convert_tokens_to_ids(QUERY_TOKEN),
-        **recipe.config,
-    )
+    config = _join(recipe, text_config, tokenizer)
     model = FlashSlothForConditionalGeneration(config).to(torch.float32)
     if isinstance(recipe.vision, str):
         _copy_vision(recipe.vision, model.model.vision_tower)
@@ -63,8 +55,48 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
         _copy(language_weights.get_output_embeddings(), model.lm_head)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, _processor(recipe, config, tokenizer)
+
+
+def build_processor(recipe: ModelRecipe) -> tuple[FlashSlothConfig, FlashSlothProcessor]:
+    """Configuration and processor of the model to train, without its weights: what preparing data needs.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    if recipe.checkpoint is not None:
+        folder = resolve(recipe.checkpoint)
+        return FlashSlothConfig.from_pretrained(folder), FlashSlothProcessor.from_pretrained(folder)
+    tokenizer = _tokenizer(recipe)
+    if isinstance(recipe.language, str):
+        text_config = AutoConfig.from_pretrained(recipe.language)
+        text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
+    else:
+        assert recipe.language is not None, "the recipe has checked it"
+        text_config = _sub_config(recipe.language, vocab_size=len(tokenizer))
+    config = _join(recipe, text_config, tokenizer)
+    return config, _processor(recipe, config, tokenizer)
+
+
+def _join(recipe: ModelRecipe, text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> FlashSlothConfig:
+    """The configuration of an encoder and a decoder together."""
+    assert recipe.vision is not None, "the recipe has checked it"
+    text_config.pad_token_id, text_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    text_config.bos_token_id = tokenizer.bos_token_id
+    return FlashSlothConfig(
+        vision_config=vision_config(recipe.vision),
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        query_token_id=tokenizer.convert_tokens_to_ids(QUERY_TOKEN),
+        **recipe.config,
+    )
+
+
+def _processor(
+    recipe: ModelRecipe, config: FlashSlothConfig, tokenizer: PreTrainedTokenizerBase
+) -> FlashSlothProcessor:
     template = {} if recipe.chat_template is None else {"chat_template": _read_template(recipe.chat_template)}
-    return model, FlashSlothProcessor.from_config(config, tokenizer, **template)
+    return FlashSlothProcessor.from_config(config, tokenizer, **template)
 
 
 def load(folder: str | Path) -> tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]:
