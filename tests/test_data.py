@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.utils.data import BatchSampler, DataLoader
 
 from data_files import image_bytes, llava_turns, message_rows, write_llava, write_shards
@@ -228,6 +228,16 @@ def test_worker_processes_share_the_shards(tmp_path):
     loader = DataLoader(stream, batch_size=None, num_workers=2, collate_fn=lambda record: numbers([record])[0])
     # one worker has two shards and gives them while the other one goes through its own twice
     assert set(itertools.islice(loader, 16)) == set(range(12))
+
+
+def test_processes_share_a_stream_as_one_process_would_read_it(tmp_path):
+    alone = numbers(itertools.islice(shard_stream(tmp_path), 24))
+    parts = [
+        numbers(itertools.islice(IterableDatasetShard(shard_stream(tmp_path), 2, True, 2, rank), 12))
+        for rank in (0, 1)
+    ]
+    batches = [part[start : start + 2] for start in range(0, 12, 2) for part in parts]
+    assert list(itertools.chain.from_iterable(batches)) == alone
 
 
 def test_a_damaged_shard_is_named_and_what_is_left_of_it_skipped(tmp_path, caplog):

@@ -56,6 +56,7 @@ def test_commands(words, norun, samples, capsys):
         assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
     elif program == "flashsloth" and norun:
         command = LazyCommand(rest[0], *COMMANDS[rest[0]]).load()
+        command = getattr(command, "commands", {}).get(rest[1], command)
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in rest if word.startswith("--")} <= known
         for word in rest[1:]:
