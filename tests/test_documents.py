@@ -12,6 +12,8 @@ from flashsloth_cli.main import COMMANDS, LazyCommand, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages whose blocks build on each other: one test runs them in order, in one folder.
+ORDERED = ("finetuning.md",)
 BLOCK = re.compile(r"^```([a-z]*)( norun)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,6 +24,8 @@ def blocks(path, language):
 def commands():
     for path in DOCUMENTS:
         for text, norun in blocks(path, "sh"):
+            if path.name in ORDERED and not norun:
+                continue
             for line in text.splitlines():
                 words = shlex.split(line, comments=True)
                 if words:
@@ -36,7 +40,9 @@ def samples(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if blocks(p, "python")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS if blocks(p, "python") and p.name not in ORDERED], ids=lambda path: path.name
+)
 def test_python_blocks_run(path, samples):
     namespace = {}
     for text, _ in blocks(path, "python"):
@@ -64,6 +70,26 @@ def test_commands(words, norun, samples, capsys):
     else:
         assert program == "flashsloth", f"no check for {program}"
         assert main(rest) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name in ORDERED], ids=lambda path: path.name)
+def test_blocks_build_on_each_other(path, samples, capsys):
+    """A yaml block is the file that the text before it names."""
+    namespace = {}
+    text = path.read_text()
+    for match in BLOCK.finditer(text):
+        language, norun, block = match.groups()
+        if norun:
+            continue
+        if language == "python":
+            exec(compile(block, path.name, "exec"), namespace)
+        elif language == "yaml":
+            name = re.findall(r"`([\w/.-]+\.yaml)`", text[: match.start()])[-1]
+            (samples / name).write_text(block)
+        elif language == "sh":
+            for line in block.splitlines():
+                program, *rest = shlex.split(line, comments=True)
+                assert program == "flashsloth" and main(rest) == 0, f"{line}: {capsys.readouterr().err}"
 
 
 def test_readme_is_short():

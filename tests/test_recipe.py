@@ -2,9 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from flashsloth.train.recipe import dump_recipe, load_recipe, parse_recipe
+from flashsloth import FlashSlothConfig
+from flashsloth.train.recipe import dump_recipe, load_recipe, parse_recipe, with_accumulation
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+# Folders under configs/ whose files are no training recipes.
+OTHER_KINDS = ("accelerate", "studies")
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in OTHER_KINDS)
+SPECIFIED = ("flashsloth-3.2b", "flashsloth-hd-3.2b", "flashsloth-qwen3-1.7b", "flashsloth-smollm2-360m")
+ADAPTERS = ("lora-24gb", "qlora-16gb")
 
 
 def minimal() -> dict:
@@ -26,20 +32,64 @@ def minimal() -> dict:
     }
 
 
-# a study is no recipe, but names one; a launcher's file says how a recipe is spread over processes
-RECIPES = [
-    path
-    for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.name != "compression.yaml" and path.parent.name != "accelerate"
-]
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_survive_a_round_trip(path, tmp_path):
     recipe = load_recipe(path)
     copy = tmp_path / "recipe.yaml"
     copy.write_text(dump_recipe(recipe))
     assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_stages_are_those_of_the_method(name):
+    recipe = load_recipe(CONFIGS / f"{name}.yaml")
+    pretrain, finetune = recipe.stages
+    everything_but_the_encoder = {"compressor", "projector", "query_tokens", "embedded_query", "language_model"}
+    encoder = {"vision_encoder"} if "hd" in name else set()
+    assert set(pretrain.train) == {"compressor", "projector"}
+    assert set(finetune.train) == everything_but_the_encoder | encoder
+    assert (pretrain.template, finetune.template) == ("plain", "chat")
+    assert finetune.group_by == "modality_length"
+    assert (pretrain.learning_rate, finetune.learning_rate) == (1e-3, 2e-5)
+    assert (pretrain.global_batch_size, finetune.global_batch_size) == (256, 128)
+    for stage in recipe.stages:
+        assert (stage.schedule, stage.warmup, stage.final_learning_rate) == ("cosine", 0.03, 0.0)
+        assert (stage.epochs, stage.weight_decay, stage.max_length) == (1, 0.0, 3072)
+        assert not stage.learning_rates and stage.optimizer == "adamw" and stage.lora is None
+    assert recipe.data[pretrain.data].path.name == "blip_laion_cc_sbu_558k.json"
+    assert recipe.data[finetune.data].path.name == "llava_v1_5_mix665k.json"
+    assert recipe.precision == "bfloat16" and recipe.model.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["flashsloth-3.2b", "flashsloth-hd-3.2b"])
+def test_recipes_of_the_paper_describe_the_published_model(name):
+    recipe = load_recipe(CONFIGS / f"{name}.yaml").model
+    assert (recipe.vision, recipe.language) == ("google/siglip-so400m-patch14-384", "microsoft/phi-2")
+    # the defaults are the published model's backbones
+    config = FlashSlothConfig(**recipe.config)
+    published = FlashSlothConfig(view_grid=[2, 2] if "hd" in name else None)
+    assert config.to_dict() == published.to_dict()
+    assert config.num_image_tokens == (405 if "hd" in name else 81)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapter_recipes_train_small_parts_in_full(name):
+    recipe = load_recipe(CONFIGS / f"{name}.yaml")
+    (stage,) = recipe.stages
+    assert recipe.model.checkpoint == "Tongbo/FlashSloth-3.2B" and recipe.model.dtype == "bfloat16"
+    assert recipe.model.quantization == ("4bit" if name.startswith("qlora") else None)
+    assert set(stage.train) == {"compressor", "projector", "query_tokens", "embedded_query", "language_model"}
+    assert stage.lora.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "accumulation"), [(32, 8, 1), (32, 1, 8), (4, 2, 32)], ids=["8 devices", "1", "2"]
+)
+def test_the_global_batch_does_not_depend_on_the_devices(batch_size, devices, accumulation):
+    stage = parse_recipe(edited(global_batch_size=256, batch_size=batch_size)).stages[0]
+    assert with_accumulation(stage, devices).gradient_accumulation == accumulation
+    with pytest.raises(ValueError, match="global_batch_size 256.*batch_size.*3"):
+        with_accumulation(stage, 3)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +110,20 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(place, key, nearest
         parse_recipe(tree)
 
 
+LORA = {"rank": 2, "alpha": 4}
+QUANTIZED = {"checkpoint": "a", "quantization": "4bit"}
+BACKBONES = {"vision": "a", "language": "b"}
+
+
 def edited(**changes) -> dict:
     tree = minimal()
     tree["stages"][0].update(changes)
+    return tree
+
+
+def with_two_stages(**changes) -> dict:
+    tree = edited(**changes)
+    tree["stages"].append({**minimal()["stages"][0], "name": "next"})
     return tree
 
 
@@ -78,6 +139,25 @@ def edited(**changes) -> dict:
         (edited(schedule="warmup_stable_decay", warmup=0.6, decay=0.6), ("warmup", "decay")),
         (minimal() | {"model": {"checkpoint": "a", "vision": "b"}}, ("model.checkpoint", "model.vision")),
         (minimal() | {"model": {"vision": "a"}}, ("model.vision", "model.language")),
+        (edited(global_batch_size=8, gradient_accumulation=2), ("global_batch_size", "gradient_accumulation")),
+        (edited(global_batch_size=9), ("global_batch_size", "batch_size")),
+        (edited(lora=LORA), ("lora", "train", "language_model")),
+        (minimal() | {"model": QUANTIZED}, ("model.quantization", "lora")),
+        (
+            minimal() | {"model": {"checkpoint": "a", "dtype": "bfloat16"}, "precision": "float32"},
+            ("model.dtype", "precision"),
+        ),
+        (minimal() | {"model": {**BACKBONES, "quantization": "4bit"}}, ("model.quantization", "model.checkpoint")),
+        (
+            edited(lora=LORA, train=["language_model"]) | {"model": BACKBONES},
+            ("lora", "model.vision", "model.checkpoint"),
+        ),
+        (with_two_stages(lora=LORA, train=["language_model"]), ("lora", "'next'", "merge")),
+        (
+            minimal()
+            | {"model": {**BACKBONES, "tokenizer": {"source": "synthetic", "vocabulary_size": 9, "eos_token": "x"}}},
+            ("tokenizer.eos_token", "tokenizer.source"),
+        ),
     ],
 )
 def test_contradictions_name_both_fields(tree, fields):

@@ -17,10 +17,16 @@ from typing import Any
 ASSETS = Path(__file__).parent / "assets"
 PACKAGED_MODELS: dict[str, Path] = {"nano": ASSETS / "nano"}
 CACHE_VARIABLE = "FLASHSLOTH_CACHE"
+ADAPTER_CONFIG = "adapter_config.json"
 
 _CONFIG_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model")
 _WEIGHT_FILES = ("*.safetensors",)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter instead of a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def cache_folder() -> Path:
@@ -32,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """The folder of a FlashSloth model.
+    """The folder of a FlashSloth model, or of an adapter for one.
 
     An authors' checkpoint is converted into the cache first, once.
 
@@ -43,6 +49,8 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         ValueError: no such model, or a folder that is none; the message says what to do.
     """
     folder = locate(name)
+    if is_adapter(folder):
+        return folder
     if not _is_official(read_config(folder)):
         return folder
     return _converted(folder)
@@ -93,7 +101,7 @@ def _is_official(config: dict[str, Any]) -> bool:
 
 
 def _check_files(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     if any(folder.glob("*.safetensors")):
         return
@@ -103,7 +111,8 @@ def _check_files(folder: Path) -> None:
             f"{folder} holds pickle weights ({pickles[0]}), which can run code when loaded and are refused; save the "
             "model as safetensors first"
         )
-    raise ValueError(f"{folder} has a config.json but no *.safetensors weights")
+    present = f"an {ADAPTER_CONFIG}" if is_adapter(folder) else "a config.json"
+    raise ValueError(f"{folder} has {present} but no *.safetensors weights")
 
 
 def _download(name: str) -> Path:

@@ -107,7 +107,8 @@ def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dty
     """A model ready to be asked.
 
     Args:
-        name: packaged model ("nano"), folder, or hub id; an authors' checkpoint is converted into the cache first.
+        name: packaged model ("nano"), folder, or hub id; an authors' checkpoint is converted into the cache first,
+            an adapter is merged into its base model in memory.
         device: "auto" (CUDA, MPS, CPU), or a torch device.
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
 
@@ -126,12 +127,23 @@ def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dty
     return FlashSloth(model.to(target).eval(), processor, name=os.fspath(name))
 
 
-def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> FlashSlothForConditionalGeneration:
+def load_model(
+    folder: str | os.PathLike[str], dtype: str = "auto", quantization_config: Any = None
+) -> FlashSlothForConditionalGeneration:
     """`from_pretrained` that accepts nothing less than all tensors of the model.
+
+    Args:
+        folder: of a model, or of an adapter, which is merged into its base model.
+        dtype: as in `load`.
+        quantization_config: of transformers, to quantize weights while they are read.
 
     Raises:
         ValueError: a broken configuration or file; a tensor that is missing, unexpected or of another shape.
     """
+    if hub.is_adapter(Path(folder)):
+        from .train.adapters import load_merged
+
+        return load_merged(Path(folder), dtype=dtype)
     model_type = hub.read_config(Path(folder)).get("model_type")
     if model_type != FlashSlothConfig.model_type:
         raise ValueError(f"{folder} holds a {model_type!r} model, not a FlashSloth; see `flashsloth convert`")
@@ -142,6 +154,7 @@ def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> FlashSlot
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({} if quantization_config is None else {"quantization_config": quantization_config}),
         )
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(f"{folder}/config.json: {error.__cause__ or error}") from error

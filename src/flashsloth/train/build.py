@@ -1,6 +1,8 @@
 """From the `model` section of a recipe to a model and its processor."""
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,22 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils import logging as transformers_logging
 
-from ..hub import PACKAGED_MODELS, resolve
-from ..inference import load_model
+from ..hub import PACKAGED_MODELS, is_adapter, resolve
+from ..inference import DTYPES, load_model
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
-from .recipe import ModelRecipe
+from .recipe import ModelRecipe, TokenizerRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +37,13 @@ VOCABULARY_MULTIPLE = 64
 
 
 def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]:
-    """The model to train, in float32, and its processor.
+    """The model to train, in float32 (or with its language model in 4 bits), and its processor.
 
     Raises:
         ValueError: parts that do not fit each other; the message names the recipe's fields.
     """
     if recipe.checkpoint is not None:
-        return load(recipe.checkpoint)
+        return load(recipe.checkpoint, recipe.quantization, recipe.dtype)
     assert recipe.language is not None and recipe.vision is not None, "the recipe has checked it"
     tokenizer = _tokenizer(recipe)
     language_weights = None
@@ -51,8 +57,8 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
     if isinstance(recipe.vision, str):
         _copy_vision(recipe.vision, model.model.vision_tower)
     if language_weights is not None:
-        _copy(language_weights.base_model, model.model.language_model)
-        _copy(language_weights.get_output_embeddings(), model.lm_head)
+        _copy(language_weights.base_model, model.model.language_model, f"model.language {recipe.language}")
+        _copy(language_weights.get_output_embeddings(), model.lm_head, f"the head of model.language {recipe.language}")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, _processor(recipe, config, tokenizer)
@@ -65,7 +71,7 @@ def build_processor(recipe: ModelRecipe) -> tuple[FlashSlothConfig, FlashSlothPr
         ValueError: as `build`.
     """
     if recipe.checkpoint is not None:
-        folder = resolve(recipe.checkpoint)
+        folder = _whole_model(recipe.checkpoint)
         return FlashSlothConfig.from_pretrained(folder), FlashSlothProcessor.from_pretrained(folder)
     tokenizer = _tokenizer(recipe)
     if isinstance(recipe.language, str):
@@ -95,17 +101,67 @@ def _join(recipe: ModelRecipe, text_config: PreTrainedConfig, tokenizer: PreTrai
 def _processor(
     recipe: ModelRecipe, config: FlashSlothConfig, tokenizer: PreTrainedTokenizerBase
 ) -> FlashSlothProcessor:
-    template = {} if recipe.chat_template is None else {"chat_template": _read_template(recipe.chat_template)}
-    return FlashSlothProcessor.from_config(config, tokenizer, **template)
+    options = _normalization(recipe.vision) if isinstance(recipe.vision, str) else {}
+    if recipe.chat_template is not None:
+        options["chat_template"] = _read_template(recipe.chat_template)
+    return FlashSlothProcessor.from_config(config, tokenizer, **options)
 
 
-def load(folder: str | Path) -> tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]:
+def load(
+    name: str | Path, quantization: str | None = None, dtype: str = "float32"
+) -> tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]:
     """A saved FlashSloth model in float32, and its processor.
 
+    Args:
+        name: packaged model, folder or hub name.
+        quantization: "4bit" reads the matrices of the language model as NF4.
+        dtype: format of everything else under `quantization`.
+
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape.
+        ValueError: a tensor is missing, unexpected or of another shape; the folder holds an adapter.
+        ImportError: bitsandbytes is needed and missing.
     """
-    return load_model(folder, "float32"), FlashSlothProcessor.from_pretrained(folder)
+    folder = _whole_model(name)
+    if quantization is None:
+        model = load_model(folder, "float32")
+    else:
+        model = load_model(folder, dtype, quantization_config=quantization_config(dtype))
+    return model, FlashSlothProcessor.from_pretrained(folder)
+
+
+def _whole_model(name: str | Path) -> Path:
+    folder = resolve(name)
+    if is_adapter(folder):
+        raise ValueError(
+            f"model.checkpoint {name} is an adapter; make a whole model of it first: flashsloth merge {name} OUT"
+        )
+    return folder
+
+
+def quantization_config(dtype: str) -> Any:
+    """4-bit NF4 for the language model; what sees pixels keeps its format, which 4 bits would ruin first.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    if not is_bitsandbytes_available():
+        raise ImportError("model.quantization: 4bit needs bitsandbytes; pip install 'flashsloth[quantization]'")
+    if not torch.accelerator.is_available():
+        logger.warning("model.quantization: 4bit without a GPU works, but far slower than without quantization")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+        llm_int8_skip_modules=["vision_tower", "compressor", "projector", "query_tokens", "embedded_query", "lm_head"],
+    )
+
+
+def set_dtypes(model: nn.Module, frozen: str) -> None:
+    """Keep what learns in float32 and put frozen weights in the format `frozen`; quantized ones stay as they are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else DTYPES[frozen])
 
 
 def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
@@ -114,11 +170,21 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
 
         assert recipe.tokenizer.vocabulary_size is not None, "the recipe has checked it"
         return train_tokenizer(recipe.tokenizer.vocabulary_size)
-    source = recipe.language if recipe.tokenizer is None else recipe.tokenizer.source
+    assert recipe.tokenizer is not None or isinstance(recipe.language, str), "the recipe has checked it"
+    settings = recipe.tokenizer or TokenizerRecipe(source=str(recipe.language))
+    source = settings.source
     tokenizer = AutoTokenizer.from_pretrained(source)
-    missing = [token for token in (IMAGE_TOKEN, QUERY_TOKEN) if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_tokens(missing, special_tokens=True)
+    # in the order of the published checkpoints, whose ids new models of the same decoder then share
+    wanted = (QUERY_TOKEN, settings.eos_token, IMAGE_TOKEN, settings.pad_token)
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in wanted if token is not None and token not in vocabulary]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    if settings.eos_token is not None:
+        tokenizer.eos_token = settings.eos_token
+    if settings.pad_token is not None:
+        tokenizer.pad_token = settings.pad_token
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {source} has no end-of-sequence token; give model.tokenizer.eos_token")
     if tokenizer.pad_token is None:
         logger.warning("the tokenizer of %s has no padding token; %r serves as one", source, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
@@ -151,7 +217,12 @@ def _copy_vision(name: str, tower: nn.Module) -> None:
     """Fill a tower from a pretrained encoder, or from the tower of a trained FlashSloth."""
     folder = PACKAGED_MODELS.get(name, name)
     if not isinstance(AutoConfig.from_pretrained(folder), FlashSlothConfig):
-        _copy(type(tower).from_pretrained(folder, config=tower.config, dtype=torch.float32), tower)
+        # what is missing is refused below; what is left over (upper layers, a text encoder) is meant to be
+        with _errors_only():
+            source, report = type(tower).from_pretrained(
+                folder, config=tower.config, dtype=torch.float32, output_loading_info=True
+            )
+        _copy(source, tower, f"model.vision {name}", absent=report["missing_keys"])
         return
     source = load_model(resolve(folder), "float32").model.vision_tower
     missing = sorted(set(tower.state_dict()) - set(source.state_dict()))
@@ -160,7 +231,28 @@ def _copy_vision(name: str, tower: nn.Module) -> None:
             f"model.vision: the FlashSloth model {name} ends its encoder earlier than model.config asks for (no "
             f"{missing[0]}); set vision_feature_layer and vision_final_norm in model.config as they are there"
         )
-    _copy(source, tower)
+    _copy(source, tower, f"model.vision {name}")
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _normalization(vision: str) -> dict[str, Any]:
+    """Mean and deviation of the pixels that a pretrained encoder was trained on."""
+    folder = PACKAGED_MODELS.get(vision, vision)
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    except OSError:
+        logger.warning("model.vision %s says nothing of its pixels' mean and deviation; 0.5 is taken for both", vision)
+        return {}
+    return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
 
 
 def _sub_config(values: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
@@ -180,10 +272,18 @@ def _sub_config(values: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
     return config_class(**values)
 
 
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Copy the weights `target` has; `source` may have more (layers above the features that are used)."""
+def _copy(source: nn.Module, target: nn.Module, name: str, absent: Iterable[str] = ()) -> None:
+    """Copy the weights `target` has; `source` may have more (layers above the features that are used).
+
+    Args:
+        name: of the source, for messages.
+        absent: weights of `source` that its files lacked, so that they are random.
+    """
     state = source.state_dict()
-    target.load_state_dict({name: state[name] for name in target.state_dict()})
+    lost = [key for key in target.state_dict() if key not in state or key in set(absent)]
+    if lost:
+        raise ValueError(f"{name} lacks {len(lost)} of the weights this model needs, first {lost[0]}")
+    target.load_state_dict({key: state[key] for key in target.state_dict()})
 
 
 def _read_template(path: str) -> str:

@@ -23,6 +23,10 @@ PART_PREFIXES: dict[PartName, tuple[str, ...]] = {
 }
 
 
+# PEFT puts the model under this name, and keeps beside a part that it trains whole the part as it was
+_ADAPTER_PREFIX, _KEPT_ORIGINAL = "base_model.model.", ".original_module."
+
+
 @dataclass(frozen=True)
 class PartCount:
     """Parameters of one part of the model."""
@@ -38,8 +42,9 @@ def part_of(parameter_name: str) -> PartName:
     Raises:
         ValueError: the parameter belongs to no known part.
     """
+    name = parameter_name.removeprefix(_ADAPTER_PREFIX)
     for part, prefixes in PART_PREFIXES.items():
-        if parameter_name.startswith(prefixes):
+        if name.startswith(prefixes):
             return part
     known = ", ".join(prefix for prefixes in PART_PREFIXES.values() for prefix in prefixes)
     raise ValueError(f"parameter {parameter_name!r} belongs to no part of the model; parts start with {known}")
@@ -54,14 +59,23 @@ def set_trainable_parts(model: nn.Module, parts: Iterable[PartName]) -> list[Par
         One count per part, in forward order.
     """
     parts = set(parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in parts)
+    counts = count_parts(model)
+    for count in counts:
+        if count.name in parts and not count.trainable:
+            logger.warning("part %r is listed as trainable, but this model has no parameters there", count.name)
+    return counts
+
+
+def count_parts(model: nn.Module) -> list[PartCount]:
+    """Trainable and frozen parameters of each part, in forward order; quantized weights count unpacked."""
     counts = {part: [0, 0] for part in PART_NAMES}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        parameter.requires_grad_(part in parts)
-        counts[part][part not in parts] += parameter.numel()
-    for part in PART_NAMES:
-        if part in parts and not any(counts[part]):
-            logger.warning("part %r is listed as trainable, but this model has no parameters there", part)
+        if _KEPT_ORIGINAL not in name:
+            packed = getattr(parameter, "quant_state", None)
+            size = parameter.numel() if packed is None else packed.shape.numel()
+            counts[part_of(name)][not parameter.requires_grad] += size
     return [PartCount(part, trainable, frozen) for part, (trainable, frozen) in counts.items()]
 
 

@@ -28,6 +28,10 @@ class TokenizerRecipe:
     """`synthetic` trains a byte-level BPE on the text of the synthetic images; else a folder or hub name."""
     vocabulary_size: Positive | None = None
     """Vocabulary of the tokenizer trained by `synthetic`."""
+    eos_token: str | None = None
+    """Token that ends an answer, added to the vocabulary where it is new; the tokenizer's own when absent."""
+    pad_token: str | None = None
+    """Token that fills short rows; the tokenizer's own when absent."""
 
     def __post_init__(self) -> None:
         if (self.source == "synthetic") != (self.vocabulary_size is not None):
@@ -35,6 +39,9 @@ class TokenizerRecipe:
                 f"tokenizer.source={self.source!r} contradicts tokenizer.vocabulary_size={self.vocabulary_size}: "
                 "a size is needed for, and only for, source: synthetic"
             )
+        for name in ("eos_token", "pad_token"):
+            if self.source == "synthetic" and getattr(self, name) is not None:
+                raise ValueError(f"tokenizer.{name} contradicts tokenizer.source: synthetic, which has its own")
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -54,6 +61,10 @@ class ModelRecipe:
     """Path of a Jinja chat template, relative to the recipe; the authors' template when absent."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernels while training; the result is the same. On a CPU `eager` is faster than `sdpa` backward."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of frozen weights; weights that learn are float32. `bfloat16` rounds published float16 weights."""
+    quantization: Literal["4bit"] | None = None
+    """`4bit`: the frozen matrices of the language model in NF4, by bitsandbytes; needs `checkpoint` and `lora`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Further fields of `FlashSlothConfig`: compressor, compressor_window, num_query_tokens, view_grid, ..."""
 
@@ -67,12 +78,28 @@ class ModelRecipe:
                     )
         elif self.vision is None or self.language is None:
             raise ValueError("model needs either model.checkpoint, or both model.vision and model.language")
+        if self.quantization is not None and self.checkpoint is None:
+            raise ValueError(
+                f"model.quantization: {self.quantization} needs model.checkpoint, which is quantized as it is read"
+            )
         for name in ("vision", "language"):
             value = getattr(self, name)
             if isinstance(value, dict) and "model_type" not in value:
                 raise ValueError(f"model.{name} is a sub-configuration and lacks model_type (siglip_vision_model)")
         if isinstance(self.language, dict) and self.tokenizer is None:
             raise ValueError("model.language has no tokenizer of its own: give model.tokenizer as well")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class LoraRecipe:
+    """Low-rank adapters on the encoder's and the decoder's matrices, in place of training these two in full."""
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Names of linear layers (`q_proj`), or all linear layers of the encoder and decoder parts in `train`."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -88,6 +115,8 @@ class StageRecipe:
     """Variables of the chat template; `space_before_query: true` is what the published weights were trained with."""
     train: Annotated[list[PartName], Field(min_length=1)]
     """Parts that receive gradients; every other part stays frozen."""
+    lora: LoraRecipe | None = None
+    """Train `language_model` and `vision_encoder` through adapters; the other parts in `train` are trained in full."""
     learning_rate: Annotated[float, Field(gt=0)]
     learning_rates: dict[PartName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Exceptions from `learning_rate`, by part."""
@@ -113,6 +142,8 @@ class StageRecipe:
     batch_size: Positive
     """Per device."""
     gradient_accumulation: Positive = 1
+    global_batch_size: Positive | None = None
+    """Samples of one optimiser step over all devices; gradients are accumulated as often as that takes."""
     turns: Positive | None = None
     """Question-answer turns an image (synthetic data)."""
     max_length: Positive = 3072
@@ -143,6 +174,18 @@ class StageRecipe:
             raise ValueError(f"stage {self.name!r}: chat_template_kwargs contradicts template: plain")
         if self.schedule == "warmup_stable_decay" and self.warmup + self.decay > 1:
             raise ValueError(f"stage {self.name!r}: warmup and decay together exceed the stage")
+        if self.lora is not None and not {"language_model", "vision_encoder"} & set(self.train):
+            raise ValueError(
+                f"stage {self.name!r}: lora contradicts train, which lists neither language_model nor vision_encoder"
+            )
+        if self.global_batch_size is not None:
+            if self.gradient_accumulation != 1:
+                raise ValueError(f"stage {self.name!r}: global_batch_size contradicts gradient_accumulation; give one")
+            if self.global_batch_size % self.batch_size:
+                raise ValueError(
+                    f"stage {self.name!r}: global_batch_size {self.global_batch_size} is no multiple of batch_size "
+                    f"{self.batch_size}"
+                )
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"stage {self.name!r}: train lists a part twice")
 
@@ -151,7 +194,11 @@ class StageRecipe:
 class LoggingRecipe:
     every_steps: Positive = 10
     tensorboard: bool = True
-    """Written when tensorboard is installed."""
+    """Event files in each stage's folder, for `tensorboard --logdir`."""
+    wandb: bool = False
+    """Log to Weights & Biases, which must be installed."""
+    progress: bool = True
+    """Draw a progress bar where the output is a terminal."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -178,6 +225,8 @@ class Recipe:
     data: Annotated[dict[str, DataRecipe], Field(min_length=1)]
     stages: Annotated[list[StageRecipe], Field(min_length=1)]
     output_dir: Path
+    license: str | None = None
+    """Licence of the trained weights for the model card (`apache-2.0`); you know what the data and the base allow."""
     seed: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Weights are float32; `bfloat16` and `float16` compute under autocast, the latter with a scaled loss."""
@@ -195,6 +244,48 @@ class Recipe:
         check_mixtures(self.data)
         for stage in self.stages:
             check_stage_data(stage, self.data)
+        _check_adapters(self)
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    """Adapters are saved beside a model that lies on the disk, so they come last."""
+    for stage, following in zip(recipe.stages, [*recipe.stages[1:], None], strict=True):
+        if stage.lora is not None and following is not None:
+            raise ValueError(
+                f"stage {stage.name!r}: lora contradicts stage {following.name!r} after it; end the recipe here, then "
+                "`flashsloth merge` the adapter and give the result to another recipe as model.checkpoint"
+            )
+        if stage.lora is None and recipe.model.quantization is not None:
+            raise ValueError(
+                f"stage {stage.name!r}: model.quantization: {recipe.model.quantization} contradicts a stage without "
+                "lora, since quantized weights cannot learn"
+            )
+    if recipe.stages[0].lora is not None and recipe.model.checkpoint is None:
+        raise ValueError(
+            f"stage {recipe.stages[0].name!r}: lora contradicts model.vision and model.language: an adapter needs a "
+            "whole model to stand on; give model.checkpoint, or a stage without lora before it"
+        )
+    if recipe.model.dtype == "bfloat16" and recipe.precision != "bfloat16":
+        raise ValueError(f"model.dtype: bfloat16 contradicts precision: {recipe.precision}")
+
+
+def with_accumulation(stage: StageRecipe, num_processes: int) -> StageRecipe:
+    """The stage with `gradient_accumulation` set so that all devices together see `global_batch_size` samples a step.
+
+    Raises:
+        ValueError: the devices do not divide the batch.
+    """
+    if stage.global_batch_size is None:
+        return stage
+    together = stage.batch_size * num_processes
+    if stage.global_batch_size % together:
+        raise ValueError(
+            f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is no multiple of batch_size "
+            f"{stage.batch_size} times {num_processes} devices"
+        )
+    return dataclasses.replace(
+        stage, global_batch_size=None, gradient_accumulation=stage.global_batch_size // together
+    )
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,11 +12,12 @@ from ..data.dataset import build_collator, build_dataset
 from ..data.packing import check_packing
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
-from .build import build, load
-from .callbacks import Clock, LogFile
-from .card import write_card
-from .freeze import format_counts, set_trainable_parts
-from .recipe import Recipe, StageRecipe, dump_recipe
+from .adapters import add_adapter, finish_adapter_folder
+from .build import build, load, set_dtypes
+from .callbacks import Clock, LogFile, ProgressBar
+from .card import record_samples, write_card
+from .freeze import count_parts, format_counts, set_trainable_parts
+from .recipe import Recipe, StageRecipe, dump_recipe, with_accumulation
 from .trainer import StageTrainer, check_launcher, training_arguments, uses_cpu
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
         else:
             if model is None or processor is None:
                 model, processor = build(recipe.model) if finished is None else load(finished)
-            if _run_stage(recipe, stage, model, processor, callbacks):
+            stage = with_accumulation(stage, processes.num_processes)
+            base = recipe.model.checkpoint if finished is None else str(finished)
+            if _run_stage(recipe, stage, model, processor, base, callbacks):
                 model = processor = None  # what this process holds of it is a share
         finished = folder
     return output_dir / recipe.stages[-1].name / MODEL_FOLDER
@@ -71,15 +74,26 @@ def _run_stage(
     stage: StageRecipe,
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
+    base: str | None,
     callbacks: Sequence[TrainerCallback],
 ) -> bool:
-    """Train one stage and write its folder; returns whether the model has been sharded over processes."""
+    """Train one stage and write its folder; returns whether the model has been sharded over processes.
+
+    Args:
+        base: name or folder of `model`, None for one that is not saved yet.
+    """
     stage_dir = recipe.output_dir / stage.name
     stage_dir.mkdir(parents=True, exist_ok=True)
     dataset = build_dataset(recipe, stage, model.config.image_height)
     if stage.packing:
         check_packing(model.model.language_model)
-    counts = set_trainable_parts(model, stage.train)
+    if stage.lora is None:
+        counts = set_trainable_parts(model, stage.train)
+    else:
+        assert base is not None, "the recipe has checked it"
+        model = add_adapter(model, stage, base)
+        counts = count_parts(model)
+    set_dtypes(model, recipe.model.dtype)
     logger.info("stage %s: %s", stage.name, format_counts(counts))
     model.train()
     model.set_attn_implementation(recipe.model.attention)
@@ -96,6 +110,8 @@ def _run_stage(
     trainer.remove_callback(PrinterCallback)
     images = stage.batch_size * stage.gradient_accumulation * trainer.args.world_size
     trainer.add_callback(LogFile(recipe.output_dir / LOG_FILE, stage.name, images))
+    if recipe.logging.progress:
+        trainer.add_callback(ProgressBar(stage.name, images))
     trainer.add_callback(Clock(recipe.checkpoints.every_minutes))
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -104,7 +120,15 @@ def _run_stage(
         logger.warning("stage %s: this process skipped %d broken samples", stage.name, dataset.num_broken)
     model.eval()
     log = recipe.output_dir / LOG_FILE
-    trainer.save_result(stage_dir / MODEL_FOLDER, finish=lambda folder: write_card(folder, recipe, stage, model, log))
+
+    def finish(folder: Path) -> None:
+        if stage.lora is not None:
+            finish_adapter_folder(folder, str(base))
+        if hasattr(dataset, "__len__"):  # a stream has no length
+            record_samples(recipe.output_dir, stage.name, len(dataset))
+        write_card(folder, recipe, stage, counts, log)
+
+    trainer.save_result(stage_dir / MODEL_FOLDER, finish)
     return trainer.is_sharded
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import strtobool
 
 from ..data.sampler import ModalityLengthSampler
+from .callbacks import reporters
 from .optimization import ProgressScheduler, build_optimizer
 from .participation import EveryPartTakesPart
 from .recipe import Recipe, StageRecipe
@@ -72,7 +73,8 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, seq
         use_cpu=uses_cpu(),
         logging_steps=recipe.logging.every_steps,
         disable_tqdm=True,
-        report_to=_reporters(recipe),
+        report_to=reporters(recipe.logging),
+        include_num_input_tokens_seen="non_padding",
         save_strategy="no" if recipe.checkpoints.every_steps is None else "steps",
         save_steps=recipe.checkpoints.every_steps or 1,
         save_total_limit=recipe.checkpoints.keep,
@@ -94,12 +96,6 @@ def sharded_layers(model: PreTrainedModel) -> list[str]:
     """Class names of the layers that FSDP gathers one at a time: those of this encoder and this decoder."""
     present = {type(module).__name__ for module in model.modules()}
     return sorted(present & set(model._no_split_modules))
-
-
-def _reporters(recipe: Recipe) -> list[str]:
-    from transformers.integrations import is_tensorboard_available
-
-    return ["tensorboard"] if recipe.logging.tensorboard and is_tensorboard_available() else []
 
 
 class StageTrainer(Trainer):

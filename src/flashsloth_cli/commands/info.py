@@ -39,7 +39,12 @@ def info(
     from flashsloth.summary import summarize
 
     size = None if image_size is None else _parse_size(image_size)
-    summary = summarize(FlashSlothConfig.from_pretrained(hub.resolve(model)), size)
+    folder = hub.resolve(model)
+    if hub.is_adapter(folder):
+        from flashsloth.train.adapters import base_folder
+
+        folder = base_folder(folder)
+    summary = summarize(FlashSlothConfig.from_pretrained(folder), size)
     if as_json:
         sys.stdout.write(json.dumps(summary.to_dict(), ensure_ascii=False) + "\n")
         return
