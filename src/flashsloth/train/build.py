@@ -27,6 +27,7 @@ from ..inference import DTYPES, load_model
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
+from .freeze import PART_PREFIXES
 from .recipe import ModelRecipe, TokenizerRecipe
 
 logger = logging.getLogger(__name__)
@@ -148,12 +149,13 @@ def quantization_config(dtype: str) -> Any:
         raise ImportError("model.quantization: 4bit needs bitsandbytes; pip install 'flashsloth[quantization]'")
     if not torch.accelerator.is_available():
         logger.warning("model.quantization: 4bit without a GPU works, but far slower than without quantization")
+    kept = [prefix for part, prefixes in PART_PREFIXES.items() if part != "language_model" for prefix in prefixes]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[dtype],
-        llm_int8_skip_modules=["vision_tower", "compressor", "projector", "query_tokens", "embedded_query", "lm_head"],
+        llm_int8_skip_modules=[*kept, "lm_head"],
     )
 
 
