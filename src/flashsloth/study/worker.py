@@ -17,6 +17,7 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.dataset import build_collator, build_dataset
@@ -117,8 +118,9 @@ def measure_flops(
     model.set_attn_implementation("eager")
     dataset = build_dataset(recipe, stage, model.config.image_height)
     collator = build_collator(recipe, stage, processor)
-    samples = [dataset[index] for index in range(stage.batch_size)]
-    batch = {name: value.to(model.device) for name, value in collator(samples).items()}
+    first = next(iter(DataLoader(dataset, batch_size=stage.batch_size, collate_fn=collator)))
+    batch = {name: value.to(model.device) for name, value in first.items()}
+    images = batch["pixel_values"].shape[0]
     set_trainable_parts(model, stage.train)
     model.train()
     forward = count_flops(model, {**batch, "loss_only": True})
@@ -147,8 +149,8 @@ def measure_flops(
         lengths.append(prompt["input_ids"].shape[1])
         prefills.append(count_flops(model, {**prompt, "logits_to_keep": 1}))
     return {
-        "training_forward": mean_counts([forward], stage.batch_size),
-        "training_step": mean_counts([step], stage.batch_size)["total"],
+        "training_forward": mean_counts([forward], images),
+        "training_step": mean_counts([step], images)["total"],
         "prefill": mean_counts(prefills),
         "prefill_tokens": sum(lengths) / len(lengths),
         # equal in all variants of a seed, unless a length limit has cut answers from some
