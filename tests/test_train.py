@@ -12,7 +12,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.data.collator import Collator
 from flashsloth.data.dataset import build_dataset
 from flashsloth.data.schema import Sample
-from flashsloth.train.build import build
+from flashsloth.train.build import build, build_processor
 from flashsloth.train.evaluate_synthetic import answer_batch, evaluate, replaced_compressor, zeroed_embedded_query
 from flashsloth.train.freeze import PART_NAMES, part_of, set_trainable_parts
 from flashsloth.train.optimization import ProgressScheduler, build_optimizer, orthogonalise
@@ -128,6 +128,20 @@ def test_an_encoder_may_come_from_a_flashsloth_folder(trained):
     assert processor.image_processor.size["height"] == model.config.image_height == 72
     with pytest.raises(ValueError, match="vision_final_norm"):
         build(load_recipe(DEBUG, [f"model.vision={trained}", "model.config.vision_final_norm=true"]).model)
+
+
+def test_a_decoder_may_come_from_a_flashsloth_folder(trained):
+    donor = FlashSlothForConditionalGeneration.from_pretrained(trained)
+    recipe = load_recipe(DEBUG, [f"model.language={trained}", "model.config.compressor=none"]).model
+    model, _ = build(recipe)
+    expected = donor.model.language_model.state_dict()
+    found = model.model.language_model.state_dict()
+    assert expected and all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(model.lm_head.weight, donor.lm_head.weight)
+    assert not torch.equal(model.model.projector[0].weight, donor.model.projector[0].weight)
+    config, processor = build_processor(recipe)
+    assert config.text_config.vocab_size == donor.config.text_config.vocab_size
+    assert processor.num_image_tokens == model.config.num_image_tokens
 
 
 def test_the_loss_falls_and_the_log_has_every_step(tmp_path):

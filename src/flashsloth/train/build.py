@@ -76,7 +76,7 @@ def build_processor(recipe: ModelRecipe) -> tuple[FlashSlothConfig, FlashSlothPr
         return FlashSlothConfig.from_pretrained(folder), FlashSlothProcessor.from_pretrained(folder)
     tokenizer = _tokenizer(recipe)
     if isinstance(recipe.language, str):
-        text_config = AutoConfig.from_pretrained(recipe.language)
+        text_config = _language_config(recipe.language)
         text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
     else:
         assert recipe.language is not None, "the recipe has checked it"
@@ -174,7 +174,7 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
         return train_tokenizer(recipe.tokenizer.vocabulary_size)
     assert recipe.tokenizer is not None or isinstance(recipe.language, str), "the recipe has checked it"
     settings = recipe.tokenizer or TokenizerRecipe(source=str(recipe.language))
-    source = settings.source
+    source = PACKAGED_MODELS.get(settings.source, settings.source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     # in the order of the published checkpoints, whose ids new models of the same decoder then share
     wanted = (QUERY_TOKEN, settings.eos_token, IMAGE_TOKEN, settings.pad_token)
@@ -194,10 +194,23 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
 
 
 def _pretrained_language(name: str, vocabulary: int) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    folder = PACKAGED_MODELS.get(name, name)
+    if isinstance(AutoConfig.from_pretrained(folder), FlashSlothConfig):
+        source = load_model(resolve(folder), "float32")
+        model = AutoModelForCausalLM.from_config(source.config.text_config).to(torch.float32)
+        _copy(source.model.language_model, model.base_model, f"model.language {name}")
+        _copy(source.lm_head, model.get_output_embeddings(), f"the head of model.language {name}")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if vocabulary > model.config.vocab_size:
         model.resize_token_embeddings(vocabulary, pad_to_multiple_of=VOCABULARY_MULTIPLE)
     return model
+
+
+def _language_config(name: str) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(PACKAGED_MODELS.get(name, name))
+    # a FlashSloth model holds its decoder's configuration inside
+    return config.text_config if isinstance(config, FlashSlothConfig) else config
 
 
 def vision_config(vision: str | dict[str, Any]) -> PreTrainedConfig:

@@ -54,7 +54,7 @@ class ModelRecipe:
     """Encoder: folder or hub name (pretrained; of a FlashSloth model its encoder is taken), or a full
     sub-configuration with `model_type` (random weights)."""
     language: str | dict[str, Any] | None = None
-    """Decoder, given like `vision`."""
+    """Decoder, given like `vision`; of a FlashSloth model its language model is taken."""
     tokenizer: TokenizerRecipe | None = None
     """Defaults to the decoder's own folder."""
     chat_template: str | None = None
