@@ -100,19 +100,21 @@ def test_a_batch_without_a_usable_sample_teaches_nothing(damaged, built, templat
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
-def test_the_count_is_right_over_worker_processes_and_stops_the_run(tmp_path, built):
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_the_count_is_right_over_worker_processes_and_stops_the_run(tmp_path, built, start):
     path = write_llava(tmp_path, [(1, 1, 1)] * 16)
     for index in (1, 4, 9, 10):
         (tmp_path / f"{index}-0.png").write_bytes(b"broken")
     collator = Collator(built[1], "chat", 256)
     dataset = llava_samples(path, max_broken=4)
-    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=collator, persistent_workers=True)
+    options = {"batch_size": 2, "num_workers": 2, "collate_fn": collator, "multiprocessing_context": start}
+    loader = DataLoader(dataset, persistent_workers=True, **options)
     for _ in range(2):
         assert [batch["input_ids"].shape[0] for batch in loader] == [1, 2, 1, 2, 1, 1, 2, 2]
     assert dataset.num_broken == 4
     strict = llava_samples(path, max_broken=3)
     with pytest.raises(ValueError, match="broken sample number 4 and max_broken is 3"):
-        list(DataLoader(strict, batch_size=2, num_workers=2, collate_fn=collator))
+        list(DataLoader(strict, **options))
 
 
 def test_counting_needs_no_memory_beyond_its_limit():
@@ -406,7 +408,7 @@ def test_a_run_resumes_at_its_place_in_the_data(tmp_path, monkeypatch, kind):
     path = write_llava(tmp_path / "llava", shapes)
     sources = {
         "grouped": {"kind": "llava", "path": str(path), "image_folder": str(path.parent)},
-        "streamed": {"kind": "messages", "path": write_messages(tmp_path / "rows", "parquet"), "streaming": True},
+        "streamed": {"kind": "messages", "path": write_messages(tmp_path / "rows", "json"), "streaming": True},
         "shards": {"kind": "webdataset", "shards": write_shards(tmp_path / "shards", 2, 4)},
     }
     overrides = [

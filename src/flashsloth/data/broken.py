@@ -20,8 +20,10 @@ class BrokenSamples:
 
     def __init__(self, max_broken: int) -> None:
         self.max_broken = max_broken
-        self._count = multiprocessing.Value("q", 0)
-        self._keys = multiprocessing.Array("Q", max_broken + 1, lock=False)
+        # made for processes that are started anew, it is shared with forked ones as well; the reverse does not hold
+        context = multiprocessing.get_context("spawn")
+        self._count = context.Value("q", 0)
+        self._keys = context.Array("Q", max_broken + 1, lock=False)
 
     @property
     def count(self) -> int:
