@@ -15,7 +15,7 @@ from flashsloth import FlashSlothForConditionalGeneration, inference
 from flashsloth.train.adapters import add_adapter, base_folder, load_merged, merge
 from flashsloth.train.build import build, set_dtypes
 from flashsloth.train.freeze import count_parts, format_counts, part_of
-from flashsloth.train.recipe import ModelRecipe, Recipe, parse_recipe
+from flashsloth.train.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe
 from flashsloth.train.run import run
 from flashsloth_cli.main import main
 from tiny_models import build_rows, tiny_model
@@ -27,6 +27,7 @@ NAMES = [
     *("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"),
     *("kilo", "lima", "mike", "november", "oscar", "papa", "quebec", "romeo", "sierra", "tango"),
 ]
+CONFIGS = Path(__file__).parents[1] / "configs"
 WHOLE = ["compressor", "projector", "query_tokens", "embedded_query"]
 QUESTION = "who is this?"
 
@@ -363,6 +364,55 @@ def test_quantized_language_model_learns_and_merges_into_the_unquantized_base(ba
     assert not hasattr(merged, "hf_quantizer") or merged.hf_quantizer is None
     assert {type(module).__name__ for module in merged.modules()}.isdisjoint({"Linear4bit"})
     assert not torch.allclose(logits(merged, folder), logits(plain, base), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lora-24gb", "qlora-16gb"])
+def test_the_presets_run(name, base, data, tmp_path, caplog):
+    """The recipe as it ships, on a tiny model: bfloat16 or 4-bit weights, gradient checkpointing, a global batch."""
+    if name.startswith("qlora"):
+        pytest.importorskip("bitsandbytes")
+    small = ["epochs=1", "global_batch_size=4", "batch_size=2", "max_length=200", "lora.rank=2", "lora.alpha=4"]
+    overrides = [f"stages.finetune.{setting}" for setting in small]
+    places = [f"data.own.path={data / 'own.json'}", f"data.own.image_folder={data}", f"output_dir={tmp_path / 'run'}"]
+    recipe = load_recipe(
+        CONFIGS / f"{name}.yaml", [f"model.checkpoint={base}", "loader.workers=0", *places, *overrides]
+    )
+    with caplog.at_level("INFO", logger="flashsloth"):
+        folder = run(recipe)
+    assert "stage finetune: trainable: compressor" in caplog.text and "; frozen: vision_encoder" in caplog.text
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2]  # 8 samples, 4 a step; the last step is logged whatever every_steps is
+    before = FlashSlothForConditionalGeneration.from_pretrained(base)
+    after = load_merged(folder)
+    moved = {
+        part_of(key) for key, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[key])
+    }
+    assert moved == {*WHOLE, "language_model"}
+
+
+def test_recomputing_activations_changes_nothing(base, data, adapter, tmp_path):
+    once = load_file(adapter / "adapter_model.safetensors")
+    again = load_file(
+        run(recipe_of(data, tmp_path / "run", base, gradient_checkpointing=True)) / "adapter_model.safetensors"
+    )
+    for key, value in once.items():
+        torch.testing.assert_close(again[key], value)
+
+
+def test_commands_take_adapters(adapter, data, tmp_path, capsys):
+    image = str(data / "alpha.png")
+    assert main(["merge", str(adapter), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    answers = []
+    for model in (adapter, tmp_path / "out"):
+        assert main(["ask", image, QUESTION, "--model", str(model), "--max-new-tokens", "4"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert main(["info", str(adapter), "--json"]) == 0
+    assert main(["merge", str(adapter), str(tmp_path / "out")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert "needs no merging" in capsys.readouterr().err
 
 
 def test_a_missing_bitsandbytes_is_one_sentence(base, monkeypatch):

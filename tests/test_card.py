@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import TrainerState
 
+from flashsloth.data.recipe import LlavaData, MessagesData, MixtureData, WebdatasetData
 from flashsloth.train import callbacks, card
 from flashsloth.train.callbacks import ProgressBar, clock_time, reporters, seconds_left
 from flashsloth.train.recipe import LoggingRecipe, load_recipe
@@ -55,6 +56,18 @@ def test_the_card_shows_the_loss_curve(trained):
     with Image.open(trained / "loss.png") as picture:
         colours = picture.convert("RGB").getcolors(1 << 20)
     assert picture.width > picture.height and len(colours) > 10
+
+
+def test_every_kind_of_source_is_named():
+    data = {
+        "a": LlavaData(kind="llava", path=Path("a.json"), image_folder=Path(".")),
+        "b": WebdatasetData(kind="webdataset", shards="b/{0..9}.tar"),
+        "c": MessagesData(kind="messages", path="owner/name"),
+        "both": MixtureData(kind="mixture", sources={"a": 2, "c": 0.5}),
+    }
+    texts = {name: card.describe_source(name, data) for name in data}
+    assert texts["a"] == "a: llava `a.json`" and texts["b"] == "b: webdataset `b/{0..9}.tar`"
+    assert texts["both"] == "both: 2 x a: llava `a.json`; 0.5 x c: messages `owner/name`"
 
 
 def test_without_a_log_there_is_no_picture(tmp_path):

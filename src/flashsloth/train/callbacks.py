@@ -118,6 +118,13 @@ class LogFile(TrainerCallback):
             torch.accelerator.reset_peak_memory_stats()
         self.speed.start(state)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps:  # a stage's last loss is its result
+            control.should_log = True
+        return control
+
     def on_log(
         self,
         args: TrainingArguments,
