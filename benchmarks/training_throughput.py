@@ -387,7 +387,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ahead = settings.workers * settings.prefetch
     if settings.warmup < ahead:
         parser.error(
-            f"--warmup {settings.warmup} is below --workers times --prefetch, {ahead}: batches prepared while the other "
+            f"--warmup {settings.warmup} is below --workers times --prefetch, {ahead}: batches made while the other "
             "arm ran would be timed as if they had cost nothing"
         )
     return settings

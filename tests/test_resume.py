@@ -18,6 +18,7 @@ from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
 from flashsloth.train.trainer import StageTrainer
 from mixed_recipe import write_mixed_recipe
+from test_distributed import launch, launcher, needs_deepspeed
 
 # Six steps an epoch, so that runs end and are killed in later epochs than the first. Dropout and shuffling are on, and
 # samples are read by worker processes: every random number has to be where it was.
@@ -177,3 +178,14 @@ def test_full_disk(small_disk, uninterrupted, recipe_file):
     subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
     run(loaded(folder, recipe_file), resume=True)
     assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchrun", "fsdp2", needs_deepspeed("zero2")])
+def test_two_processes_killed(recipe_file, tmp_path, kind):
+    """Weights and optimiser come back from shards, and each process finds its own random numbers."""
+    whole, cut = (["train", *to(tmp_path / name, recipe_file)] for name in ("whole", "cut"))
+    launch(launcher(kind), *whole)
+    kill_at(8, tmp_path / "cut", [sys.executable, "-m", *launcher(kind), *cut])
+    launch(launcher(kind), "train", "--resume", *cut[1:])
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")

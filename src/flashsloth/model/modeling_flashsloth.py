@@ -5,6 +5,7 @@ I images of the batch, K images of a row at most, C H W channels and pixels, P u
 views), E width of the encoder, N visual tokens of an image, G query groups of a row at most, Q queries of a group.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -325,6 +326,9 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
     Source: "FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression" (CVPR 2025).
     """
 
+    # a fused head and loss for `loss_only`: (model, hidden_ND, labels_N, num_items_in_batch) -> loss
+    head_loss: Callable[..., Tensor] | None = None
+
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__(config)
         # the causal model is built for its head, which differs between families (bias, size)
@@ -410,6 +414,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             shift_BT = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden_BTD.device)
             predicts_BT = shift_BT != IGNORED_LABEL
             hidden_BTD, shift_labels = hidden_BTD[predicts_BT].unsqueeze(0), shift_BT[predicts_BT].unsqueeze(0)
+            if self.head_loss is not None:
+                return FlashSlothOutput(loss=self.head_loss(self, hidden_BTD[0], shift_labels[0], num_items_in_batch))
         elif isinstance(logits_to_keep, Tensor) or logits_to_keep:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_BTD = hidden_BTD[:, keep, :]

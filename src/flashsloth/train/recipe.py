@@ -218,6 +218,16 @@ class LoaderRecipe:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class KernelRecipe:
+    """Kernels of optional libraries (`flashsloth[kernels]`, GPUs only)."""
+
+    liger: bool = False
+    """Liger's norms, rotations and gated layers in the decoder."""
+    cut_cross_entropy: bool = False
+    """The loss without the logits in memory: worth it for large vocabularies."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class Recipe:
     """A whole training run."""
 
@@ -233,6 +243,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: bool = False
+    kernels: KernelRecipe = Field(default_factory=KernelRecipe)
     logging: LoggingRecipe = Field(default_factory=LoggingRecipe)
     checkpoints: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
     loader: LoaderRecipe = Field(default_factory=LoaderRecipe)

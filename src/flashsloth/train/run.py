@@ -17,6 +17,7 @@ from .build import build, load, set_dtypes
 from .callbacks import Clock, LogFile, ProgressBar
 from .card import record_samples, write_card
 from .freeze import count_parts, format_counts, set_trainable_parts
+from .kernels import apply_kernels
 from .recipe import Recipe, StageRecipe, dump_recipe, with_accumulation
 from .trainer import StageTrainer, check_launcher, training_arguments, uses_cpu
 
@@ -44,6 +45,8 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
         raise ValueError(f"output_dir {output_dir} already holds a run; continue it with --resume, or choose another")
     if uses_cpu():
         check_launcher(None)
+        if recipe.precision == "float16":
+            raise ValueError("precision: float16 contradicts training on a CPU; use bfloat16 or float32")
     processes = PartialState(cpu=uses_cpu())
     processes.wait_for_everyone()
     if processes.is_main_process:
@@ -97,6 +100,7 @@ def _run_stage(
     logger.info("stage %s: %s", stage.name, format_counts(counts))
     model.train()
     model.set_attn_implementation(recipe.model.attention)
+    apply_kernels(model, recipe.kernels, uses_cpu())
     if recipe.torch_compile:
         model.model.compile(dynamic=False)
     trainer = StageTrainer(

@@ -120,6 +120,16 @@ class StageTrainer(Trainer):
                 plugin.transformer_cls_names_to_wrap = sharded_layers(self.model)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.is_sharded and self.stage.optimizer == "muon":
+            raise ValueError(
+                f"stage {self.stage.name!r}: optimizer: muon contradicts a launcher that shards the optimiser: Muon "
+                "needs whole matrices. Use adamw, or launch with configs/accelerate/ddp.yaml"
+            )
+        if self.shards_weights and getattr(self.model, "head_loss", None) is not None:
+            raise ValueError(
+                "kernels.cut_cross_entropy contradicts a launcher that shards weights: it reads the whole head. Set it "
+                "to false, or launch with configs/accelerate/zero2.yaml or ddp.yaml"
+            )
         if self.optimizer is None:
             model = self.model if model is None else model
             muon_dtype = torch.bfloat16 if self.args.bf16 else torch.float32
@@ -206,6 +216,13 @@ class StageTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether a process holds only a share of the model, its gradients or its optimiser."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a process holds only a share of the weights between their uses."""
+        return self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # a run that was killed after its last step, before its model was written, has nothing left to learn
