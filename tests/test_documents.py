@@ -49,6 +49,24 @@ def test_python_blocks_run(path, samples):
         exec(compile(text, path.name, "exec"), namespace)
 
 
+def check_launch(program, words):
+    """The launcher knows its options, its file is there, and behind them stands a command of ours."""
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        arguments = get_args_parser().parse_args(words)
+        assert arguments.module
+    else:
+        from accelerate.commands.launch import launch_command_parser
+
+        assert words[0] == "launch"
+        arguments = launch_command_parser().parse_args(words[1:])
+        assert (ROOT / "configs" / "accelerate" / Path(arguments.config_file).name).is_file()
+        assert arguments.module
+    assert arguments.training_script == "flashsloth_cli"
+    assert arguments.training_script_args[0] in COMMANDS
+
+
 @pytest.mark.parametrize("words, norun", list(commands()))
 def test_commands(words, norun, samples, capsys):
     program, *rest = words
@@ -60,6 +78,12 @@ def test_commands(words, norun, samples, capsys):
         extras = re.findall(r"flashsloth\[([a-z,]+)\]", words[-1])[0].split(",")
         project = (ROOT / "pyproject.toml").read_text()
         assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+    elif program in ("accelerate", "torchrun"):
+        check_launch(program, rest)
+    elif program == "python" and norun:
+        assert (ROOT / rest[0]).is_file()
+        known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / rest[0]).read_text()))
+        assert {word for word in rest if word.startswith("--")} <= known
     elif program == "flashsloth" and norun:
         command = LazyCommand(rest[0], *COMMANDS[rest[0]]).load()
         command = getattr(command, "commands", {}).get(rest[1], command)

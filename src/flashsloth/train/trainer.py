@@ -127,8 +127,8 @@ class StageTrainer(Trainer):
             )
         if self.shards_weights and getattr(self.model, "head_loss", None) is not None:
             raise ValueError(
-                "kernels.cut_cross_entropy contradicts a launcher that shards weights: it reads the whole head. Set it "
-                "to false, or launch with configs/accelerate/zero2.yaml or ddp.yaml"
+                "kernels.cut_cross_entropy contradicts a launcher that shards weights: it reads the whole head. Set "
+                "it to false, or launch with configs/accelerate/zero2.yaml or ddp.yaml"
             )
         if self.optimizer is None:
             model = self.model if model is None else model
