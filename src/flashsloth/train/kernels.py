@@ -18,20 +18,24 @@ if TYPE_CHECKING:
 _LOGIT_SCALES = ("logits_scaling", "logit_scale")
 
 
-def apply_kernels(model: FlashSlothForConditionalGeneration, kernels: "KernelRecipe", on_cpu: bool) -> None:
+def apply_kernels(model: nn.Module, kernels: "KernelRecipe", on_cpu: bool) -> None:
     """Put the kernels a recipe asks for into the model.
+
+    Args:
+        model: a FlashSloth model, or a wrapper (adapters) that holds one.
 
     Raises:
         ValueError: a library that is not installed, or that supports neither this machine nor this decoder.
     """
+    owner = next(module for module in model.modules() if isinstance(module, FlashSlothForConditionalGeneration))
     if kernels.liger:
         _require("liger", "liger_kernel", on_cpu)
-        _apply_liger(model)
-    model.head_loss = None
+        _apply_liger(owner)
+    owner.head_loss = None
     if kernels.cut_cross_entropy:
         _require("cut_cross_entropy", "cut_cross_entropy", on_cpu)
-        _check_head(model)
-        model.head_loss = cut_cross_entropy_loss
+        _check_head(owner)
+        owner.head_loss = cut_cross_entropy_loss
 
 
 def _require(option: str, module: str, on_cpu: bool) -> None:
@@ -59,12 +63,14 @@ def _apply_liger(model: FlashSlothForConditionalGeneration) -> None:
 def _check_head(model: FlashSlothForConditionalGeneration) -> None:
     config = model.config.text_config
     scales = [name for name in _LOGIT_SCALES if getattr(config, name, None) is not None]
-    if getattr(model.lm_head, "bias", None) is not None:
+    if type(model.lm_head) is not nn.Linear:
+        scales.append("an adapter on the head")
+    elif model.lm_head.bias is not None:
         scales.append("a bias on the head")
     if scales:
         raise ValueError(
-            f"kernels.cut_cross_entropy: decoders of the family {config.model_type!r} have {scales[0]}, which it "
-            "cannot compute; set it to false"
+            f"kernels.cut_cross_entropy: this decoder ({config.model_type}) has {scales[0]}, which it cannot compute; "
+            "set it to false"
         )
 
 
