@@ -18,7 +18,7 @@ from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
 from flashsloth.train.trainer import StageTrainer
 from mixed_recipe import write_mixed_recipe
-from test_distributed import launch, launcher, needs_deepspeed
+from test_distributed import launch, launcher
 
 # Six steps an epoch, so that runs end and are killed in later epochs than the first. Dropout and shuffling are on, and
 # samples are read by worker processes: every random number has to be where it was.
@@ -181,9 +181,9 @@ def test_full_disk(small_disk, uninterrupted, recipe_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torchrun", "fsdp2", needs_deepspeed("zero2")])
+@pytest.mark.parametrize("kind", ["torchrun"])
 def test_two_processes_killed(recipe_file, tmp_path, kind):
-    """Weights and optimiser come back from shards, and each process finds its own random numbers."""
+    """Each process finds its own random numbers and its own share of the data."""
     whole, cut = (["train", *to(tmp_path / name, recipe_file)] for name in ("whole", "cut"))
     launch(launcher(kind), *whole)
     kill_at(8, tmp_path / "cut", [sys.executable, "-m", *launcher(kind), *cut])
