@@ -118,6 +118,7 @@ def test_the_model_folder_loads_and_generates(trained, samples):
     assert len(answers) == 2
     card = (trained / "README.md").read_text()
     assert "pretrain" in card and "finetune" in card and "output_dir" in card
+    assert not {path.suffix for path in trained.iterdir()} & {".bin", ".pt", ".pth", ".pkl"}
 
 
 def test_an_encoder_may_come_from_a_flashsloth_folder(trained):

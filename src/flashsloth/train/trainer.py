@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import strtobool
 
@@ -208,6 +209,8 @@ class StageTrainer(Trainer):
                 shutil.rmtree(staging, ignore_errors=True)
             self.save_model(str(staging))
             if self.args.should_save:
+                # a pickle, which nobody needs to load the model
+                (staging / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 finish(staging)
                 replace_folder(staging, folder)
         self.accelerator.wait_for_everyone()
