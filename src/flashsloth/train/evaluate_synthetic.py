@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..data.sources import resolve_folder
+from ..inference import FlashSloth
 from ..model.compressors import COMPRESSORS
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
+from ..offline.batches import answer, prepare
+from ..offline.records import Record
 from ..synthetic import Photographs, SyntheticDataset, exact_match
 
 ALL = "all"
@@ -119,7 +121,6 @@ def majority_answers(dataset: SyntheticDataset) -> dict[str, str]:
     return {task: answers.most_common(1)[0][0] for task, answers in counts.items()}
 
 
-@torch.inference_mode()
 def answer_batch(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
@@ -131,32 +132,17 @@ def answer_batch(
 
     Args:
         images: the image of each question.
+
+    Raises:
+        ValueError: a question that does not fit the model's context.
     """
-    unique = list({id(image): image for image in images}.values())
-    rows = {id(image): row for row, image in enumerate(unique)}
-    pixel_values = processor.image_processor(unique, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    encoded = model.get_image_features(pixel_values)
-    index = torch.tensor([rows[id(image)] for image in images], device=model.device)
-    conversations = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        for question in questions
+    records = [
+        Record(str(row), (image,), text) for row, (image, text) in enumerate(zip(images, questions, strict=True))
     ]
-    batch = processor.apply_chat_template(
-        conversations,
-        return_pixel_values=False,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    ).to(model.device)
-    features = BaseModelOutputWithPooling(
-        last_hidden_state=encoded.last_hidden_state[index], pooler_output=encoded.pooler_output[index]
-    )
-    tokens = model.generate(**batch, image_features=features, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = tokens[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    batch = prepare(records, processor, model.config.text_config.max_position_embeddings)
+    if batch.errors:
+        raise ValueError(batch.errors[0][1])
+    return [line["answer"] for line in answer(FlashSloth(model, processor), batch, max_new_tokens)]
 
 
 def evaluate(
@@ -218,9 +204,9 @@ def _score(
 ) -> None:
     images = [image for image, _, _, _ in questions]
     answers = answer_batch(model, processor, images, [turn.question for *_, turn in questions], max_new_tokens)
-    for (_, family, held_out, turn), answer in zip(questions, answers, strict=True):
+    for (_, family, held_out, turn), given in zip(questions, answers, strict=True):
         task = f"{family}/{turn.task}"
-        is_correct = exact_match(answer, turn.answer)
+        is_correct = exact_match(given, turn.answer)
         scores: Iterable[Score] = (report.overall, report.families[family], report.tasks[task])
         for score in scores:
             score.add(is_correct)
