@@ -1,15 +1,17 @@
 """A run that is killed, or runs out of disk, goes on as if nothing had happened."""
 
+import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flashsloth import FlashSlothForConditionalGeneration
@@ -69,17 +71,26 @@ def uninterrupted(recipe_file) -> Path:
 
 
 def kill_at(step: int, folder: Path, command: list[str]) -> None:
-    """Start a command and send SIGKILL to it and its children when the log reaches a step."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    """Start a command, and send SIGKILL to it and all processes below it when the log reaches a step."""
     log = folder / "log.jsonl"
-    try:
-        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < step):
-            time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with tempfile.TemporaryFile() as output:  # not a pipe: nobody empties it
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < step):
+                time.sleep(0.002)
+            if process.poll() is not None:
+                output.seek(0)
+                pytest.fail(output.read().decode()[-2000:])
+        finally:
+            if process.poll() is None:
+                # a launcher puts its workers in sessions of their own, where the signal of a group does not reach
+                workers = psutil.Process(process.pid).children(recursive=True)
+                process.kill()
+                for worker in workers:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        worker.kill()
+                psutil.wait_procs(workers, timeout=30)
+            process.wait()
     assert process.returncode == -signal.SIGKILL
 
 
@@ -184,7 +195,8 @@ def test_full_disk(small_disk, uninterrupted, recipe_file):
 @pytest.mark.parametrize("kind", ["torchrun"])
 def test_two_processes_killed(recipe_file, tmp_path, kind):
     """Each process finds its own random numbers and its own share of the data."""
-    whole, cut = (["train", *to(tmp_path / name, recipe_file)] for name in ("whole", "cut"))
+    steps = "stages.mixed.max_steps=80"  # many, since finding the processes to kill takes a while
+    whole, cut = (["train", *to(tmp_path / name, recipe_file), steps] for name in ("whole", "cut"))
     launch(launcher(kind), *whole)
     kill_at(8, tmp_path / "cut", [sys.executable, "-m", *launcher(kind), *cut])
     launch(launcher(kind), "train", "--resume", *cut[1:])
