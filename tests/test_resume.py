@@ -20,7 +20,7 @@ from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
 from flashsloth.train.trainer import StageTrainer
 from mixed_recipe import write_mixed_recipe
-from test_distributed import launch, launcher
+from test_distributed import launch, launcher, needs_deepspeed
 
 # Six steps an epoch, so that runs end and are killed in later epochs than the first. Dropout and shuffling are on, and
 # samples are read by worker processes: every random number has to be where it was.
@@ -192,9 +192,9 @@ def test_full_disk(small_disk, uninterrupted, recipe_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torchrun"])
+@pytest.mark.parametrize("kind", ["torchrun", "fsdp2", needs_deepspeed("zero2")])
 def test_two_processes_killed(recipe_file, tmp_path, kind):
-    """Each process finds its own random numbers and its own share of the data."""
+    """Weights and optimiser come back from shards, and each process finds its own random numbers."""
     steps = "stages.mixed.max_steps=80"  # many, since finding the processes to kill takes a while
     whole, cut = (["train", *to(tmp_path / name, recipe_file), steps] for name in ("whole", "cut"))
     launch(launcher(kind), *whole)
