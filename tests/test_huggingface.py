@@ -200,4 +200,5 @@ def test_gradient_reaches_every_part():
     batch = build_rows(model.config, [[(1, 5, 2)]])
     model(**batch, labels=batch["input_ids"]).loss.backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert silent == {"model.compressor.score.3.bias"} | {name for name in silent if name.endswith("key.bias")}
+    # a softmax is blind to what is added to all its scores: these gradients are zero but for rounding
+    assert all(name == "model.compressor.score.3.bias" or name.endswith("key.bias") for name in silent), silent
