@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-IGNORED_LABEL = -100
+from ..model.prompt_encoding import IGNORED_LABEL
+
 ABSENT_POSITION = -1
 _PROBE_TOKENS = 4
 

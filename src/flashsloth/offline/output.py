@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..train.saving import write_whole
+
 SETTINGS_SUFFIX = ".settings.json"
 
 
@@ -97,10 +99,3 @@ class AnswerFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one with this text, or leave it as it was."""
-    staging = path.with_name(path.name + ".incomplete")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

@@ -1,7 +1,6 @@
 """The runs of a study: which recipe each one trains, in which folder, in which order."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..train.build import vision_config
 from ..train.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe
+from ..train.saving import write_whole
 from .config import EvaluationSettings, Study
 
 PLAN_FILE, RESULT_FILE, WORKER_LOG = "plan.json", "result.json", "worker.log"
@@ -117,9 +117,7 @@ def make_plan(
 
 def write_json(path: Path, value: Any) -> None:
     """Save JSON so that the file is there whole or not at all."""
-    staging = path.with_name(f"{path.name}.incomplete")
-    staging.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def _comparable(plan: dict[str, Any]) -> dict[str, Any]:
