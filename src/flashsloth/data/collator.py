@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.processing_flashsloth import NO_LIMIT
+from ..train.glyphs import glyph_tensor
 from .packing import IGNORED_LABEL, pack
 from .schema import Record, Sample, count_images
 
@@ -41,6 +42,7 @@ class Collator:
         pad_to_multiple_of: lengths are rounded up to this, so that fewer distinct shapes are compiled.
         packing: `rows`: lay the samples into as few rows of `max_length` as they need; `single_row`: into one row.
         chat_template_kwargs: variables of the chat template.
+        with_glyphs: add `glyphs`, the characters written on every image, which rendered samples know.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Collator:
         pad_to_multiple_of: int | None = None,
         packing: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        with_glyphs: bool = False,
     ) -> None:
         if packing not in (None, "rows", "single_row"):
             raise ValueError(f"packing is {packing!r}; use rows, single_row or None")
@@ -60,6 +63,7 @@ class Collator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.packing = packing
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.with_glyphs = with_glyphs
 
     def __call__(self, items: Sequence[Record | Sample]) -> dict[str, Tensor]:
         """Batch tensors as `FlashSlothForConditionalGeneration.forward` takes them, with labels.
@@ -81,6 +85,8 @@ class Collator:
                     raise
                 samples = usable
             else:
+                if self.with_glyphs:
+                    batch["glyphs"] = glyph_tensor([sample.metadata["glyphs"] for sample in samples])
                 return self._pack(batch)
         logger.warning("no sample of a batch can be used; it counts for nothing")
         return self._pack(self._empty_batch())

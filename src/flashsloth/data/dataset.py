@@ -54,5 +54,11 @@ def build_collator(recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlot
     if stage.packing:  # the kernels of flash attention know where samples end in a single row only
         packing = "single_row" if recipe.model.attention == "flash_attention_2" else "rows"
     return Collator(
-        processor, stage.template, stage.max_length, stage.pad_to_multiple_of, packing, stage.chat_template_kwargs
+        processor,
+        stage.template,
+        stage.max_length,
+        stage.pad_to_multiple_of,
+        packing,
+        stage.chat_template_kwargs,
+        with_glyphs=stage.glyph_loss > 0,
     )

@@ -148,6 +148,10 @@ def check_stage_data(stage: Any, data: dict[str, Any]) -> None:
     rendered = [isinstance(part, SyntheticData) for part in parts]
     if stage.turns is not None and not any(rendered):
         raise ValueError(f"{where}: turns contradicts data.{stage.data}.kind: {source.kind} has its own")
+    if stage.glyph_loss and not all(rendered):
+        raise ValueError(
+            f"{where}: glyph_loss contradicts data.{stage.data}: only rendered images know where characters stand"
+        )
     if is_streamed(source, data) and stage.epochs is not None:
         raise ValueError(f"{where}: epochs contradicts data.{stage.data}, which is streamed; give max_steps")
     if stage.group_by != "none":

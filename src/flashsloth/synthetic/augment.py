@@ -1,13 +1,14 @@
 """Seeded changes that make a drawn image look photographed, scanned or compressed."""
 
 import io
+import math
 import random
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from .sample import REFERENCE_SIZE
+from .sample import REFERENCE_SIZE, Glyph
 
 BANK_SIZE = 512
 AUGMENTED_SHARE = 0.6
@@ -52,12 +53,29 @@ def change_levels(image: Image.Image, contrast: float, brightness: float) -> Ima
     return Image.fromarray(table[np.asarray(image)])
 
 
-def augment(image: Image.Image, rng: random.Random, background: tuple[int, int, int]) -> Image.Image:
-    """Rotation up to 4 degrees, levels, shading, blur, noise and JPEG, each moderate and each only sometimes."""
+def rotate(image: Image.Image, angle: float, background: tuple[int, int, int], glyphs: list[Glyph]) -> Image.Image:
+    """Turns the image counter-clockwise around its middle by an angle in degrees; `glyphs` go with it, in place."""
+    middle_x, middle_y = image.width / 2, image.height / 2
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    for index, glyph in enumerate(glyphs):
+        right, down = glyph.x - middle_x, glyph.y - middle_y
+        x, y = middle_x + cosine * right + sine * down, middle_y - sine * right + cosine * down
+        glyphs[index] = Glyph(glyph.character, x, y)
+    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=background)
+
+
+def augment(
+    image: Image.Image, rng: random.Random, background: tuple[int, int, int], glyphs: list[Glyph] | None = None
+) -> Image.Image:
+    """Rotation up to 4 degrees, levels, shading, blur, noise and JPEG, each moderate and each only sometimes.
+
+    Args:
+        glyphs: what is written on the image; moved where it is rotated.
+    """
     if rng.random() >= AUGMENTED_SHARE:
         return image
     if rng.random() < 0.4:
-        image = image.rotate(rng.uniform(-4, 4), Image.Resampling.BILINEAR, fillcolor=background)
+        image = rotate(image, rng.uniform(-4, 4), background, [] if glyphs is None else glyphs)
     if rng.random() < 0.4:
         image = change_levels(image, rng.uniform(0.75, 1.15), rng.uniform(-20, 20))
     if rng.random() < 0.25:

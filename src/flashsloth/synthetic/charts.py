@@ -5,11 +5,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .augment import augment
 from .colours import COLOURS, MIN_DISTANCE, RGB, choose_ink, distance, jitter
-from .fonts import FACE_NAMES, Style, draw_text, fit_height, text_width
+from .fonts import FACE_NAMES, Style, TextDraw, draw_text, fit_height, text_width
 from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, yes_no
 from .words import HELD_OUT_TITLES, LABEL_SETS, choose_title
 
@@ -112,7 +112,7 @@ class _Canvas:
         self.scale = image_size / REFERENCE_SIZE
         self.style = style
         self.image = Image.new("RGB", (image_size, image_size), style.paper)
-        self.draw = ImageDraw.Draw(self.image)
+        self.draw = TextDraw(self.image)
 
     def text(self, x: float, y: float, text: str, height: int, anchor: str = "mm", fill: RGB | None = None) -> None:
         scale = self.scale
@@ -317,7 +317,7 @@ def render_chart(rng: random.Random, test: bool, image_size: int, turns: int) ->
     style = _choose_style(rng, chart)
     canvas = _Canvas(image_size, style)
     DRAWERS[chart.kind](canvas, chart, rng)
-    image = augment(canvas.image, rng, style.paper)
+    image = augment(canvas.image, rng, style.paper, canvas.draw.glyphs)
 
     readable = chart.printed or chart.kind != "pie"
     parts = [f"{label} {chart.shown(index)}" if readable else label for index, label in enumerate(chart.labels)]
@@ -330,7 +330,8 @@ def render_chart(rng: random.Random, test: bool, image_size: int, turns: int) ->
         (2.5, ask.trend), (1.0, ask.title), (0.4, ask.count), (0.25, ask.kind),
     ]  # fmt: skip
     chosen = choose_turns(rng, makers, turns)
-    return Sample(image, "charts", f"{name}. {', '.join(parts)}.", chosen, chart.title in HELD_OUT_TITLES)
+    held_out = chart.title in HELD_OUT_TITLES
+    return Sample(image, "charts", f"{name}. {', '.join(parts)}.", chosen, held_out, canvas.draw.glyphs)
 
 
 CHART_TASKS = (

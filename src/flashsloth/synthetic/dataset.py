@@ -135,4 +135,5 @@ class SyntheticDataset:
             "tasks": [turn.task for turn in sample.turns],
             "answers": [turn.answer for turn in sample.turns],
             "held_out": sample.held_out,
+            "glyphs": sample.glyphs,
         }

@@ -24,11 +24,21 @@ class Turn:
     meaning: str = field(default="", repr=False, compare=False)  # the same for all wordings of a question
 
 
+@dataclass(frozen=True)
+class Glyph:
+    """A written character and where its middle stands, in pixels from the upper left corner."""
+
+    character: str
+    x: float
+    y: float
+
+
 @dataclass
 class Sample:
     """One image with its dense caption and its questions.
 
-    `held_out` tells that the image shows a combination which never occurs in the training split.
+    `held_out` tells that the image shows a combination which never occurs in the training split; `glyphs` is every
+    character written on it.
     """
 
     image: Image.Image
@@ -36,6 +46,7 @@ class Sample:
     caption: str
     turns: list[Turn] = field(default_factory=list)
     held_out: bool = False
+    glyphs: list[Glyph] = field(default_factory=list, repr=False)
 
 
 TurnMaker = Callable[[random.Random], Turn | None]

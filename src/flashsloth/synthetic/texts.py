@@ -4,12 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .augment import augment
 from .colours import RGB, choose_ink
-from .fonts import FACE_NAMES, Style, draw_text, fit_height, text_width
-from .sample import REFERENCE_SIZE, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no_maker
+from .fonts import FACE_NAMES, Style, TextDraw, draw_text, fit_height, text_width
+from .sample import REFERENCE_SIZE, Glyph, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no_maker
 from .words import (
     HELD_OUT,
     HELD_OUT_ITEMS,
@@ -37,6 +37,7 @@ class Page:
     makers: Sequence[tuple[float, TurnMaker]]
     held_out: bool
     ground: RGB  # colour at the border
+    glyphs: list[Glyph]
 
 
 def _choose_style(rng: random.Random) -> Style:
@@ -99,7 +100,7 @@ def _draw_sign(rng: random.Random, test: bool, size: int, style: Style) -> Page:
     room = (REFERENCE_SIZE - 2 * 20) * scale - height
     x, y = size / 2, size / 2 + rng.uniform(-0.5, 0.5) * room
     image = Image.new("RGB", (size, size), style.paper)
-    draw, ground = ImageDraw.Draw(image), style.paper
+    draw, ground = TextDraw(image), style.paper
     if rng.random() < 0.4:  # a board with a frame on another ground
         red, green, blue = ((channel + 128) // 2 for channel in style.paper)
         ground = (red, green, blue)
@@ -117,7 +118,7 @@ def _draw_sign(rng: random.Random, test: bool, size: int, style: Style) -> Page:
         return Turn("text_length", f"how many {noun} does it have?", str(len(word)))
 
     makers = [(3.0, read), (1.0, _find(rng, [word], test)), (0.5, _letter([word])), (0.4, length)]
-    return Page(image, f"text: {word}.", makers, word in HELD_OUT, ground)
+    return Page(image, f"text: {word}.", makers, word in HELD_OUT, ground, draw.glyphs)
 
 
 def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -128,7 +129,7 @@ def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page
     heights = {2: (18, 28), 3: (16, 22), 4: (15, 18)}[count]
     height = fit_height(style.face, tuple(texts), round(rng.uniform(*heights) * scale), 122 * scale)
     image = Image.new("RGB", (size, size), style.paper)
-    draw = ImageDraw.Draw(image)
+    draw = TextDraw(image)
     start, pitch = _lines_at(rng, size, count, height)
     anchor = rng.choice("lmr")
     x = {"l": 10 * scale, "m": size / 2, "r": size - 10 * scale}[anchor]
@@ -146,7 +147,8 @@ def _draw_lines(rng: random.Random, test: bool, size: int, style: Style) -> Page
         return phrase(rng, "text_count", ("how many words are there?", "how many lines are there?"), str(count))
 
     makers = [(3.0, read), (1.2, _find(rng, words, test)), (0.5, _letter(words)), (0.3, number)]
-    return Page(image, f"text: {', '.join(words)}.", makers, any(word in HELD_OUT for word in words), style.paper)
+    held_out = any(word in HELD_OUT for word in words)
+    return Page(image, f"text: {', '.join(words)}.", makers, held_out, style.paper, draw.glyphs)
 
 
 def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -165,7 +167,7 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
     lefts = tuple(left for left, _ in rows)
     height = fit_height(style.face, lefts, round(rng.uniform(14, 17) * scale), 92 * scale)
     image = Image.new("RGB", (size, size), style.paper)
-    draw = ImageDraw.Draw(image)
+    draw = TextDraw(image)
     lines = count + bool(heading)
     y, pitch = _lines_at(rng, size, lines, height)
     if heading:
@@ -204,7 +206,7 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
     body = ", ".join(f"{name} {price}" for name, price in zip(items, prices, strict=True))
     caption = f"receipt{' titled ' + heading if heading else ''}: {body}."
     makers = [(2.0, price), (1.0, item), (1.0, total), (0.8, cheapest), (0.3, number), (0.5, _find(rng, items, test))]
-    return Page(image, caption, makers, any(name in HELD_OUT for name in items), style.paper)
+    return Page(image, caption, makers, any(name in HELD_OUT for name in items), style.paper, draw.glyphs)
 
 
 def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -219,7 +221,7 @@ def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page
     top = rng.uniform(0, size - depth * (rows + 1))
     height = round(rng.uniform(13, 16) * scale)
     image = Image.new("RGB", (size, size), style.paper)
-    draw = ImageDraw.Draw(image)
+    draw = TextDraw(image)
     ruled = rng.random()
     thickness = max(1, round(scale))
     for index in range(1, rows + 1):
@@ -260,7 +262,7 @@ def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page
 
     body = ". ".join(f"row {name}: {', '.join(map(str, line))}" for name, line in zip(row_names, cells, strict=True))
     caption = f"table with columns {', '.join(column_names)}. {body}."
-    return Page(image, caption, [(3.0, cell), (0.4, number), (0.8, compare)], False, style.paper)
+    return Page(image, caption, [(3.0, cell), (0.4, number), (0.8, compare)], False, style.paper, draw.glyphs)
 
 
 LAYOUTS = {"sign": _draw_sign, "lines": _draw_lines, "receipt": _draw_receipt, "table": _draw_table}
@@ -271,8 +273,8 @@ def render_text(rng: random.Random, test: bool, image_size: int, turns: int) -> 
     layout = rng.choices(list(LAYOUT_WEIGHTS), list(LAYOUT_WEIGHTS.values()))[0]
     style = _choose_style(rng)
     page = LAYOUTS[layout](rng, test, image_size, style)
-    image = augment(page.image, rng, page.ground)
-    return Sample(image, "text", page.caption, choose_turns(rng, page.makers, turns), page.held_out)
+    image = augment(page.image, rng, page.ground, page.glyphs)
+    return Sample(image, "text", page.caption, choose_turns(rng, page.makers, turns), page.held_out, page.glyphs)
 
 
 def render_page(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
@@ -290,7 +292,7 @@ def render_page(rng: random.Random, test: bool, image_size: int, turns: int) -> 
                 line.append(word)
         lines.append(line)
     image = Image.new("RGB", (image_size, image_size), style.paper)
-    draw = ImageDraw.Draw(image)
+    draw = TextDraw(image)
     y, pitch = _lines_at(rng, image_size, count, height)
     for line in lines:
         fitted = fit_height(style.face, tuple(style.cased(word) for word in line), height, room)
@@ -307,9 +309,9 @@ def render_page(rng: random.Random, test: bool, image_size: int, turns: int) -> 
         name = "last" if index == count - 1 else f"{ORDINALS[index]}"
         return phrase(rng, "page_read_line", (f"read the {name} line.",), " ".join(lines[index]))
 
-    image = augment(image, rng, style.paper)
+    image = augment(image, rng, style.paper, draw.glyphs)
     caption = f"text: {', '.join(' '.join(line) for line in lines)}."
-    return Sample(image, "pages", caption, choose_turns(rng, [(1.0, read)], turns), False)
+    return Sample(image, "pages", caption, choose_turns(rng, [(1.0, read)], turns), False, draw.glyphs)
 
 
 PAGE_TASKS = ("page_read_line",)

@@ -146,6 +146,9 @@ class StageRecipe:
     """Samples of one optimiser step over all devices; gradients are accumulated as often as that takes."""
     turns: Positive | None = None
     """Question-answer turns an image (synthetic data)."""
+    glyph_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a loss that tells an encoder begun at random which characters its patches show (synthetic data). It is
+    added to the loss that is logged."""
     max_length: Positive = 3072
     """Longest sequence in tokens; turns that do not fit are dropped whole."""
     group_by: Literal["none", "modality_length"] = "none"
@@ -170,6 +173,10 @@ class StageRecipe:
             raise ValueError(f"stage {self.name!r}: muon_learning_rate contradicts optimizer: {self.optimizer}")
         if self.template == "plain" and self.turns is not None:
             raise ValueError(f"stage {self.name!r}: turns contradicts template: plain, which has one caption an image")
+        if self.glyph_loss and self.packing:
+            raise ValueError(f"stage {self.name!r}: glyph_loss contradicts packing")
+        if self.glyph_loss and "vision_encoder" not in self.train:
+            raise ValueError(f"stage {self.name!r}: glyph_loss contradicts train, which does not list vision_encoder")
         if self.template == "plain" and self.chat_template_kwargs:
             raise ValueError(f"stage {self.name!r}: chat_template_kwargs contradicts template: plain")
         if self.schedule == "warmup_stable_decay" and self.warmup + self.decay > 1:

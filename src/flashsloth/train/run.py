@@ -120,6 +120,8 @@ def _run_stage(
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
+    if trainer.glyph_supervision is not None:
+        trainer.glyph_supervision.remove()
     if dataset.num_broken:
         logger.warning("stage %s: this process skipped %d broken samples", stage.name, dataset.num_broken)
     model.eval()

@@ -16,6 +16,7 @@ from transformers.utils import strtobool
 
 from ..data.sampler import ModalityLengthSampler
 from .callbacks import reporters
+from .glyphs import GlyphSupervision
 from .optimization import ProgressScheduler, build_optimizer
 from .participation import EveryPartTakesPart
 from .recipe import Recipe, StageRecipe
@@ -109,6 +110,7 @@ class StageTrainer(Trainer):
         self.stage = stage
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
+        self.glyph_supervision = GlyphSupervision(self.model) if stage.glyph_loss else None
         self.add_callback(EveryPartTakesPart())
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -167,9 +169,15 @@ class StageTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         # a cache, and the logits of prompts, would be filled and thrown away
         inputs = {**inputs, "use_cache": False, "loss_only": not return_outputs}
+        glyphs_BG3 = inputs.pop("glyphs", None)
         if num_items_in_batch is not None:  # a step whose samples are all broken has nothing to learn, not 0 / 0
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if glyphs_BG3 is None or self.glyph_supervision is None:
+            return result
+        share = self.stage.glyph_loss / self.args.gradient_accumulation_steps
+        glyph_loss = share * self.glyph_supervision.loss(glyphs_BG3)
+        return (result[0] + glyph_loss, result[1]) if isinstance(result, tuple) else result + glyph_loss
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
