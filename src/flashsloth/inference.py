@@ -278,8 +278,10 @@ class Conversation:
         self._features: BaseModelOutputWithPooling | None = None
         self._cache: Cache | None = None
         self._cached_ids: list[int] = []
-        # Of the last turn: a cut inside it could part a question from its query tokens.
+        # A cut inside a turn could part a question from its query tokens: the cache is cut after the last prompt or
+        # before the first question.
         self._prompt_length = 0
+        self._first_question: int | None = None
         # What the images took; part of the next answer's time.
         self._image_timings = Timings()
 
@@ -310,8 +312,8 @@ class Conversation:
         )
 
     def reset(self) -> None:
-        """Forget the turns; the images stay encoded."""
-        self.messages, self._cache, self._cached_ids = [], None, []
+        """Forget the turns. The images stay encoded, and their tokens stay in the cache for the next question."""
+        self.messages = []
 
     @torch.inference_mode()
     def ask(
@@ -375,6 +377,7 @@ class Conversation:
         cached = 0 if self._cache is None else self._cache.get_seq_length()
         self._cached_ids = output.sequences[0, :cached].tolist()
         self._prompt_length = prompt_tokens
+        self._first_question = _first_marked(inputs.get("question_ids"))
         self._image_timings = Timings()
         return Answer(
             text=text,
@@ -435,13 +438,21 @@ class Conversation:
         # The last token of the prompt has to run to give the first of the answer.
         longest = min(len(self._cached_ids), len(ids) - 1)
         shared = min(longest, next((index for index, (old, new) in pairs if old != new), longest))
+        if shared < self._prompt_length and self._first_question is not None:
+            shared = min(shared, self._first_question)
         # A sliding window has forgotten what a shorter prefix would need.
         cut = cache is not None and shared < len(self._cached_ids)
-        if cache is None or shared < self._prompt_length or (cut and any(cache.is_sliding)):
+        if cache is None or shared == 0 or (cut and any(cache.is_sliding)):
             return DynamicCache(config=self.session.config.text_config), 0
         if cut:
             cache.crop(shared - len(self._cached_ids))
         return cache, shared
+
+
+def _first_marked(question_ids_BT: Tensor | None) -> int | None:
+    """Index of the first token of the first question; None where a prompt marks none."""
+    marked = [] if question_ids_BT is None else question_ids_BT[0].nonzero().flatten().tolist()
+    return marked[0] if marked else None
 
 
 class AnswerStream:

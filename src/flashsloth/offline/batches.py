@@ -1,5 +1,6 @@
 """From records to answered batches: images decoded in worker processes, each picture encoded once a batch."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,12 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
     batch = PreparedBatch()
     pixels: list[Tensor] = []
     places: dict[Any, int] = {}
-    for record in records:
+    inputs: BatchFeature | None = None
+    lengths: list[int] = []
+    with contextlib.suppress(ValueError):  # of a prompt that cannot be made; found below, one by one
+        inputs = _prompts(records, processor)
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    for row, record in enumerate(records):
         mark = len(pixels)
         try:
             row_index = []
@@ -85,7 +91,7 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
                     pixels.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
                     places[key] = len(pixels) - 1
                 row_index.append(places[key])
-            tokens = _prompts([record], processor)["input_ids"].shape[1]
+            tokens = lengths[row] if inputs is not None else _prompts([record], processor)["input_ids"].shape[1]
             if tokens > limit:
                 raise ValueError(f"the prompt has {tokens} tokens, the model's context leaves room for {limit}")
         except (OSError, ValueError) as error:
@@ -96,7 +102,7 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
         batch.records.append(record)
         batch.image_index += row_index
     if batch.records:
-        batch.inputs = _prompts(batch.records, processor)
+        batch.inputs = _prompts(batch.records, processor) if inputs is None or batch.errors else inputs
     if pixels:
         batch.pixel_values = torch.cat(pixels)
     return batch
