@@ -199,9 +199,7 @@ def _kill_and_resume(folder: Path, settings: RunSettings, expected: dict[str, st
 
 @app.command("encode-once")
 def encode_once(
-    shape: Annotated[
-        str, typer.Option(help="nano, or hd: five views, SigLIP-base, random weights.")
-    ] = "nano",
+    shape: Annotated[str, typer.Option(help="nano, or hd: five views, SigLIP-base, random weights.")] = "nano",
     images: Annotated[int, typer.Option(help="Images, each asked all ten questions.", min=1)] = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 4,
     dtype: Dtype = "float32",

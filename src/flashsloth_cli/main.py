@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("flashsloth_cli.commands.data:app", "Check training data before a GPU is paid for."),
     "train": ("flashsloth_cli.commands.train:train", "Train a model from a recipe."),
     "merge": ("flashsloth_cli.commands.merge:merge", "Merge a LoRA adapter into its base model."),
+    "quantize": ("flashsloth_cli.commands.quantize:quantize", "Hold the weights of a model in 8 or 4 bits."),
     "study": ("flashsloth_cli.commands.study:study", "Train variants of a recipe with several seeds; compare them."),
     "evaluate-synthetic": (
         "flashsloth_cli.commands.evaluate_synthetic:evaluate_synthetic",

@@ -1,0 +1,159 @@
+"""Quantize the linear layers of a model with torchao, in memory or to a folder that `from_pretrained` loads.
+
+    model = quantize_(model, "int8-dynamic")
+
+Decoder layers are quantized, and the vision encoder where asked for. Embeddings, head, compressor, projector and the
+embedded query module keep their format: they are small or read one row at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import hub
+from .model.backbones import decoder_layers
+from .model.checkpoint_folder import check_destination, size_of, write_folder
+from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from .model.processing_flashsloth import FlashSlothProcessor
+
+INT4_GROUP_SIZE = 32
+
+
+def _int8_dynamic() -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    # No global compiler settings: they would change other models of the process.
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+def _int8_weight_only() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig(set_inductor_config=False)
+
+
+def _int4_weight_only() -> Any:
+    # Int4WeightOnlyConfig has no CPU kernels whose tensors safetensors can hold; these values do, one a byte.
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP_SIZE))
+
+
+SCHEMES: dict[str, Callable[[], Any]] = {
+    "int8-dynamic": _int8_dynamic,
+    "int8-weight-only": _int8_weight_only,
+    "int4-weight-only": _int4_weight_only,
+}
+ENCODER_BY_DEFAULT = {"int8-dynamic": True, "int8-weight-only": False, "int4-weight-only": False}
+GROUP_SIZES = {"int4-weight-only": INT4_GROUP_SIZE}
+
+
+def quantize_(
+    model: FlashSlothForConditionalGeneration, scheme: str, encoder: bool | None = None
+) -> FlashSlothForConditionalGeneration:
+    """Quantize a loaded model in place; it can be saved with `save_pretrained` afterwards.
+
+    Args:
+        model: with floating-point weights.
+        scheme: "int8-dynamic" (activations and weights), "int8-weight-only" or "int4-weight-only".
+        encoder: quantize the vision encoder too; default only for "int8-dynamic".
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: unknown scheme, a model that is quantized already, widths the scheme cannot group.
+        ImportError: torchao is missing.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(SCHEMES)}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantized already; quantize the folder it was made from")
+    torchao = _import_torchao()
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    chosen = _chosen_layers(model, ENCODER_BY_DEFAULT[scheme] if encoder is None else encoder)
+    group_size = GROUP_SIZES.get(scheme)
+    if group_size is not None:
+        for name, linear in chosen.items():
+            if linear.in_features % group_size:
+                raise ValueError(
+                    f"{name} reads {linear.in_features} values, which groups of {group_size} do not divide, so "
+                    f"{scheme} cannot hold it; use int8-weight-only or int8-dynamic"
+                    + (", or leave the encoder out" if name.startswith("model.vision_tower") else "")
+                )
+        warnings.warn(
+            "int4-weight-only holds each 4-bit value in a byte of its own, since torchao has no packed format that "
+            "runs on a CPU and can be saved as safetensors: it is no smaller than int8-weight-only",
+            stacklevel=2,
+        )
+    recipe = SCHEMES[scheme]()
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
+    torchao.quantize_(model, recipe, filter_fn=lambda module, name: name in chosen)
+    config = TorchAoConfig(recipe, modules_to_not_convert=kept)
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    return model
+
+
+def quantize_folder(
+    name: str | os.PathLike[str],
+    destination: Path,
+    scheme: str,
+    encoder: bool | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Write a quantized copy of a model: safetensors and `quantization_config` in its config.json.
+
+    Args:
+        name: as in `inference.load`.
+        destination: folder to write; appears whole or not at all.
+        scheme, encoder: as in `quantize_`.
+        dtype: of what is not quantized; "auto" as saved.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ValueError, OSError, ImportError: as in `quantize_` and `inference.load`; a destination in use.
+    """
+    from .inference import load_model
+
+    _import_torchao()
+    source = hub.resolve(name)
+    check_destination(source, destination, overwrite)
+    model = quantize_(load_model(source, dtype), scheme, encoder)
+    processor = FlashSlothProcessor.from_pretrained(source)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return write_folder(destination, overwrite, write, size_of(source))
+
+
+def _chosen_layers(model: FlashSlothForConditionalGeneration, encoder: bool) -> dict[str, nn.Linear]:
+    """Linear layers to quantize, by full name."""
+    parts: list[nn.Module] = list(decoder_layers(model.model.language_model))
+    if encoder:
+        parts.append(model.model.vision_tower)
+    # A multi-head attention reads the weight of its out_proj itself, past the module's forward.
+    unsafe = {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
+    wanted = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)} - unsafe
+    return {name: module for name, module in model.named_modules() if id(module) in wanted}
+
+
+def _import_torchao() -> Any:
+    try:
+        import torchao.quantization
+    except ImportError as error:
+        raise ImportError("quantization needs torchao; pip install 'flashsloth[quantize]'") from error
+    return torchao.quantization
