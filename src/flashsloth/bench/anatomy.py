@@ -98,7 +98,7 @@ class _Transformer:
         return sum(self.lengths(image)) * widest_block_elements(self.layers[0], self.width)
 
 
-def _siglip(tower: nn.Module) -> _Transformer:
+def siglip_transformer(tower: nn.Module) -> _Transformer:
     return _Transformer(tower.embeddings.patch_embedding, tower.encoder.layers, tower.config.hidden_size)
 
 
@@ -109,7 +109,7 @@ def _per_token(modules: nn.Module | Sequence[nn.Module]) -> Callable[[VisualInpu
 def flashsloth(model: nn.Module) -> Anatomy:
     """FlashSloth with any compressor, with or without embedded queries."""
     base, config = model.model, model.config
-    encoder = _siglip(base.vision_tower)
+    encoder = siglip_transformer(base.vision_tower)
     size, queries = config.vision_config.hidden_size, config.num_query_tokens
 
     def connector_flops(image: VisualInput, prompt: int) -> int:
@@ -214,7 +214,7 @@ def internvl(model: nn.Module) -> Anatomy:
 def smolvlm(model: nn.Module) -> Anatomy:
     """SmolVLM."""
     base = model.model
-    encoder = _siglip(base.vision_model)
+    encoder = siglip_transformer(base.vision_model)
     return Anatomy(
         connector=[base.connector],
         vision=base.vision_model,
@@ -229,7 +229,7 @@ def smolvlm(model: nn.Module) -> Anatomy:
 def siglip_and_projector(model: nn.Module) -> Anatomy:
     """PaliGemma, LFM2-VL and Gemma 3: a SigLIP tower and a projector of linear layers."""
     base = model.model
-    encoder, projector = _siglip(base.vision_tower), base.multi_modal_projector
+    encoder, projector = siglip_transformer(base.vision_tower), base.multi_modal_projector
     # Gemma 3 keeps the matrix of its projector as a bare parameter
     bare = sum(p.numel() for p in projector.parameters(recurse=False) if p.ndim == 2)
     return Anatomy(
@@ -271,11 +271,12 @@ def minicpm_v_4_6(model: nn.Module) -> Anatomy:
     )
 
 
-def _assembly(
-    model: Assembly,
+def assembly(
+    model: nn.Module,
     encoder: _Transformer,
     connector_flops: Callable[[VisualInput, int], int],
 ) -> Anatomy:
+    """A vision tower, a connector and a causal language model side by side, as `rebuilt.Assembly`."""
     return Anatomy(
         connector=[model.connector],
         vision=model.vision_tower,
@@ -296,7 +297,7 @@ def mobilevlm_v2(model: Assembly) -> Anatomy:
     def connector_flops(image: VisualInput, prompt: int) -> int:
         return matrix_flops(connector.mlp, image.patches) + matrix_flops(connector.position, image.tokens)
 
-    return _assembly(model, encoder, connector_flops)
+    return assembly(model, encoder, connector_flops)
 
 
 def minicpm_v_2(model: Assembly) -> Anatomy:
@@ -310,12 +311,12 @@ def minicpm_v_2(model: Assembly) -> Anatomy:
         flops += 2 * connector.projection.numel() * image.tokens
         return flops + sum(attention_flops(queries, patches, width) for patches in image.patches_of_views)
 
-    return _assembly(model, _siglip(model.vision_tower), connector_flops)
+    return assembly(model, siglip_transformer(model.vision_tower), connector_flops)
 
 
 def moondream2(model: Assembly) -> Anatomy:
     """Moondream 2."""
-    return _assembly(model, _siglip(model.vision_tower), _per_token(model.connector))
+    return assembly(model, siglip_transformer(model.vision_tower), _per_token(model.connector))
 
 
 def fastvlm(model: Assembly) -> Anatomy:

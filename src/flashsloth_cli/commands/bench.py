@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
+from .bench_run import bench_run
+
 DEFAULT_SIZES = "384x384,768x768,1024x768,1344x1344"
 # wide enough for every column where the output is no terminal
 FILE_WIDTH = 170
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
+app.command("run")(bench_run)
 
 
 @app.callback()
@@ -20,10 +23,12 @@ def bench() -> None:
     """Compare the cost of FlashSloth with that of other small vision-language models at their real sizes.
 
     [bold]tokens[/bold] counts by arithmetic: seconds, on any machine, no weights, no download.
+    [bold]run[/bold] measures: minutes, with random weights in memory, no download.
     """
 
 
-def _parse_sizes(text: str) -> list[tuple[int, int]]:
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """(width, height) of each WIDTHxHEIGHT."""
     sizes = []
     for part in text.split(","):
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip().lower())
@@ -84,7 +89,7 @@ def tokens(
         console.print(table)
         return
     names = None if models is None else [name.strip() for name in models.split(",")]
-    sizes_given = _parse_sizes(sizes)
+    sizes_given = parse_sizes(sizes)
     with Console(stderr=True).status("counting") as status:
         costs = measure_all(
             names, sizes_given, text_tokens, dtype, batch, progress=lambda name: status.update(f"counting {name}")

@@ -1,0 +1,136 @@
+"""The machine a measurement is made on: what it is, what it reaches, and whether somebody else is using it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .results import Machine, Roofline
+
+try:
+    import psutil  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError("measuring needs psutil; install it with: pip install 'flashsloth[bench]'") from error
+
+LARGEST_OTHER_LOAD = 0.1  # share of the CPU that other processes may take during a repetition
+MATRIX_SIZES = ((512, 2560, 10240), (1024, 2048, 8192), (2048, 2048, 2048))
+READ_BYTES, READ_WIDTH = 2**29, 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUNDS = 5
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
+
+
+def _cpu() -> tuple[str, list[str]]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = (values.get("flags") or values.get("Features") or "").split()
+    name = values.get("model name") or platform.processor() or platform.machine()
+    return name, [feature for feature in _CPU_FEATURES if feature in flags]
+
+
+def cores() -> list[int]:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def machine_card(device: str, threads: int) -> Machine:
+    """What is needed to read a time."""
+    name, flags = _cpu()
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    return Machine(
+        system=f"{platform.system()} {platform.release()}",
+        cpu=name,
+        cores=len(cores()),
+        threads=threads,
+        memory_bytes=psutil.virtual_memory().total,
+        cpu_flags=flags,
+        gpu=None if gpu is None else gpu.name,
+        gpu_memory_bytes=None if gpu is None else gpu.total_memory,
+    )
+
+
+def commit() -> str | None:
+    """Of the code, where it lies in a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Seconds so far: on the clock, of all processes on our processors, and of this process."""
+
+    clock: float
+    everybody: float
+    own: float
+
+
+def read_load() -> Reading:
+    """A reading of now."""
+    times = psutil.cpu_times(percpu=True)
+    busy = sum(sum(times[core]) - times[core].idle - getattr(times[core], "iowait", 0.0) for core in cores())
+    # time of guests is part of user time already
+    busy -= sum(getattr(times[core], "guest", 0.0) + getattr(times[core], "guest_nice", 0.0) for core in cores())
+    own = psutil.Process().cpu_times()
+    return Reading(time.perf_counter(), busy, own.user + own.system)
+
+
+def other_load(before: Reading, after: Reading) -> float:
+    """Share of our processors that other processes took between two readings."""
+    available = (after.clock - before.clock) * len(cores())
+    return max(0.0, (after.everybody - before.everybody) - (after.own - before.own)) / available
+
+
+def _best(work: Callable[[], torch.Tensor], device: str) -> float:
+    """Shortest seconds of some rounds."""
+    times = []
+    for _ in range(_ROUNDS + 1):
+        synchronize(device)
+        begun = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def synchronize(device: str) -> None:
+    """Waits for the accelerator."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
+    """The best matrix rate over a few shapes of small language models, and the rate of reading a large matrix.
+
+    Args:
+        dtype: key of `DTYPES`.
+    """
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    kind = DTYPES[dtype]
+    rate, best_shape = 0.0, MATRIX_SIZES[0]
+    for shape in MATRIX_SIZES:
+        rows, inner, columns = shape
+        left, right = (torch.randn(size, inner, device=device).to(kind) for size in (rows, columns))
+        seconds = _best(functools.partial(torch.nn.functional.linear, left, right), device)
+        found = 2 * rows * inner * columns / seconds
+        if found > rate:
+            rate, best_shape = found, shape
+    # read as a decoder reads its weights, a product of a large matrix and one row; and by a plain sum
+    matrix = torch.ones(READ_BYTES // READ_WIDTH // kind.itemsize, READ_WIDTH, device=device, dtype=kind)
+    row = torch.ones(1, READ_WIDTH, device=device, dtype=kind)
+    product = _best(functools.partial(torch.nn.functional.linear, row, matrix), device)
+    total = _best(matrix.view(torch.int32).sum, device)
+    return Roofline(device, dtype, threads, rate, READ_BYTES / min(product, total), best_shape)

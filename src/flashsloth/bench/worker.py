@@ -1,0 +1,197 @@
+"""Measure one thing in a process of its own: `python -m flashsloth.bench.worker JOB.json RESULT.json`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers import logging as transformers_logging
+
+from flashsloth.quantization import quantize_
+from flashsloth.train.saving import write_whole
+
+from .arithmetic import prefill_flops
+from .machine import DTYPES, LARGEST_OTHER_LOAD, Reading, other_load, read_load
+from .memory import cache_bytes
+from .models import BenchModel, model_named
+from .results import Measurement, Roofline, Settings, Stage
+from .stages import Stages, build_filled
+from .stock import STOCK
+
+# a machine that is never quiet is reported, not waited for
+MOST_DISCARDED = 3
+
+
+def entry_of(settings: Settings) -> BenchModel:
+    """What is measured.
+
+    Raises:
+        ValueError: there is no such model, or no stock assembly of it.
+    """
+    entry = model_named(settings.model)
+    if settings.assembly == "own":
+        return entry
+    if settings.model not in STOCK:
+        raise ValueError(f"{settings.model} has no stock assembly; those that have one are {', '.join(STOCK)}")
+    return STOCK[settings.model]
+
+
+def held_bytes(modules: list[torch.nn.Module]) -> int:
+    """Bytes of the weights below the modules as they are held, each once."""
+    seen = {parameter for module in modules for parameter in module.parameters()}
+    total = 0
+    for parameter in seen:
+        inner = getattr(parameter, "__tensor_flatten__", None)
+        if inner is None:
+            total += parameter.numel() * parameter.element_size()
+        else:  # a quantised tensor is made of several plain ones
+            total += sum(t.numel() * t.element_size() for t in _plain(parameter))
+    return total
+
+
+def _plain(tensor: Any) -> list[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain(getattr(tensor, name))]
+
+
+def repeat(
+    run: Callable[[], dict[str, float]],
+    repetitions: int,
+    allow_load: bool,
+    reading: Callable[[], Reading] = read_load,
+) -> tuple[dict[str, list[float]], int, bool]:
+    """Runs until enough repetitions went undisturbed.
+
+    Returns:
+        seconds by stage, repetitions discarded, and whether disturbed ones are among those kept.
+
+    Raises:
+        ValueError: the machine is in use by others.
+    """
+    seconds: dict[str, list[float]] = {}
+    discarded, loaded, kept = 0, False, 0
+    while kept < repetitions:
+        before = reading()
+        laps = run()
+        load = other_load(before, reading())
+        if load > LARGEST_OTHER_LOAD:
+            if not allow_load:
+                discarded += 1
+                if discarded > MOST_DISCARDED * repetitions:
+                    raise ValueError(
+                        f"other processes took {load:.0%} of the CPU in repetition after repetition (allowed: "
+                        f"{LARGEST_OTHER_LOAD:.0%}); stop them, or measure all the same with --allow-load"
+                    )
+                continue
+            loaded = True
+        kept += 1
+        for stage, value in laps.items():
+            seconds.setdefault(stage, []).append(value)
+    return seconds, discarded, loaded
+
+
+def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: int, allow_load: bool) -> Measurement:
+    """Builds the model, fills it, and times its stages.
+
+    Args:
+        settings: what to measure; `weights` may name a folder of one of our own models.
+        roofline: of the same run.
+        repetitions: how often.
+        warm_up: untimed runs before them.
+        allow_load: keep repetitions during which others used the CPU.
+    """
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.threads)
+    entry, dtype = entry_of(settings), DTYPES[settings.dtype]
+    if settings.weights is not None or settings.quantization is not None:
+        option = "weights" if settings.weights is not None else "quantization"
+        if entry.origin != "own":
+            raise ValueError(
+                f"{option} is for FlashSloth's own models; {settings.model} ({settings.assembly}) is none"
+            )
+    if settings.weights is None:
+        model = build_filled(entry, dtype, settings.device)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(settings.weights, dtype=dtype).to(settings.device).eval()
+    for part in [model] if hasattr(model, "set_attn_implementation") else [model.vision_tower, model.language_model]:
+        if hasattr(part, "set_attn_implementation"):
+            part.set_attn_implementation(settings.attention)
+    if settings.quantization is not None:
+        quantize_(model, settings.quantization)
+    parts = entry.dissect(model)
+    stages = Stages(entry, model, settings)
+    before = _memory(settings.device)
+    begun = time.perf_counter()
+    stages.run()
+    first = time.perf_counter() - begun
+    for _ in range(warm_up - 1):
+        stages.run()
+    seconds, discarded, loaded = repeat(stages.run, repetitions, allow_load)
+    peak = _memory(settings.device)
+    config, count = parts.text_config, settings.batch * settings.images
+    cached = stages.prompt_tokens + settings.output_tokens - 1
+    cache = settings.batch * cache_bytes(config, cached, dtype.itemsize)
+    # of a fresh model: quantised weights are charged as those they stand for
+    plain = entry.dissect(entry.on_meta())
+    flops = {
+        "encode": count * plain.vision_flops(stages.image),
+        "compress": count * plain.connector_flops(stages.image, stages.prompt_tokens),
+        "prefill": settings.batch * prefill_flops(plain.layers, config, plain.head, stages.prompt_tokens),
+    }
+    found = {stage: Stage(samples) for stage, samples in seconds.items()}
+    shares = {
+        stage: count / found[stage].median / roofline.matrix_flops_per_second
+        for stage, count in flops.items()
+        if stage != "compress"
+    }
+    if "decode_per_token" in found:
+        read = held_bytes([*parts.layers, parts.head]) + cache
+        shares["decode_per_token"] = read / found["decode_per_token"].median / roofline.bandwidth_bytes_per_second
+    return Measurement(
+        settings=settings,
+        stages=found,
+        visual_tokens=stages.visual_tokens,
+        prompt_tokens=stages.prompt_tokens,
+        parameter_bytes=held_bytes([model]),
+        cache_bytes=cache,
+        peak_memory_bytes=peak,
+        peak_above_weights_bytes=max(0, peak - before),
+        flops=flops,
+        share_of_roofline=shares,
+        discarded=discarded,
+        under_load=loaded,
+        notes=[f"the first run, with all one-time cost, took {first:.2f} s"],
+    )
+
+
+def _memory(device: str) -> int:
+    """Largest resident set of this process so far, or largest allocation on the accelerator, in bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    transformers_logging.set_verbosity_error()
+    source, target = map(Path, sys.argv[1:])
+    job = json.loads(source.read_text())
+    settings, roofline = Settings(**job.pop("settings")), Roofline(**job.pop("roofline"))
+    try:
+        result = measure(settings, roofline, **job)
+    except (ValueError, ImportError, RuntimeError, MemoryError) as error:
+        result = Measurement(settings, error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+    write_whole(target, json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main()
