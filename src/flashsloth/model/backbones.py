@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig
+from transformers.activations import GELUTanh, NewGELUActivation
 
 # attribute under which an encoder keeps the norm after its last layer
 FINAL_NORM_NAMES = ("post_layernorm", "layernorm", "norm")
@@ -115,6 +116,14 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
             "cannot be reached through it; use another language model, or set num_query_tokens to 0."
         )
     return layers
+
+
+def fuse_activations(language_model: nn.Module) -> None:
+    """Compute the tanh form of GELU by one kernel where a family writes it as eight operations (Phi, GPT-2)."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
 
 
 def scale_logits(text_config: PreTrainedConfig, logits_BTV: Tensor) -> Tensor:

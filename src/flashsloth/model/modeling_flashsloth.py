@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
-from .backbones import build_vision_tower, decoder_layers, encode_patches, scale_logits
+from .backbones import build_vision_tower, decoder_layers, encode_patches, fuse_activations, scale_logits
 from .compressors import COMPRESSORS
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import INPUTS_KEYWORD, EmbeddedQuery, EmbeddedQueryInputs, LayerInsertion, QueryTokens
@@ -95,6 +95,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         )
         self.query_tokens = QueryTokens(config.num_query_tokens, text_size) if config.num_query_tokens else None
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        fuse_activations(self.language_model)
         self.embedded_query = None
         if config.num_query_tokens:
             self.embedded_query = EmbeddedQuery(
