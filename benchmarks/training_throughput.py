@@ -17,7 +17,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 import flashsloth
+from flashsloth.bench.training import TrainingLoop, synchronise
 from flashsloth.data.dataset import build_collator, build_dataset
+from flashsloth.study.measure import peak_resident_bytes, resident_bytes
 from flashsloth.train.build import build
 from flashsloth.train.freeze import set_trainable_parts
 from flashsloth.train.recipe import Recipe, parse_recipe
@@ -140,33 +141,8 @@ def make_recipe(folder: Path, settings: argparse.Namespace, compressed: bool = T
     )
 
 
-def synchronise() -> None:
-    if not uses_cpu():
-        torch.accelerator.synchronize()
-
-
-class PlainLoop:
-    """Forward, backward, clip, fused AdamW, on batches that lie ready."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, batches: list[dict[str, torch.Tensor]]) -> None:
-        self.device = torch.device("cpu") if uses_cpu() else torch.accelerator.current_accelerator()
-        self.model = model.to(self.device).train()
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=recipe.stages[0].learning_rate, fused=True)
-        self.autocast = None if recipe.precision == "float32" else getattr(torch, recipe.precision)
-        self.batches = [{name: value.to(self.device) for name, value in batch.items()} for batch in batches]
-        self.step = 0
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            batch = self.batches[self.step % len(self.batches)]
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                loss = self.model(**batch, use_cache=False, loss_only=True).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.trainable, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
+def _plain_loop(model: nn.Module, recipe: Recipe, batches: list[dict[str, torch.Tensor]]) -> TrainingLoop:
+    return TrainingLoop(model, batches, recipe.stages[0].learning_rate, recipe.precision)
 
 
 def prepared(recipe: Recipe) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
@@ -197,7 +173,7 @@ class TakeTurns(TrainerCallback):
         # the Trainer may have changed the forward method of its model, so the copy gets the class's own
         twin = copy.deepcopy(model)
         vars(twin).pop("forward", None)
-        self.plain = PlainLoop(twin, self.recipe, self.batches)
+        self.plain = _plain_loop(twin, self.recipe, self.batches)
         self.steps = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -238,7 +214,7 @@ def measure_compression(folder: Path, settings: argparse.Namespace) -> list[tupl
     for compressed in (True, False):
         recipe = make_recipe(folder, settings, compressed)
         model, batches = prepared(recipe)
-        loops.append(PlainLoop(model, recipe, batches))
+        loops.append(_plain_loop(model, recipe, batches))
     return [(timed(loops[0].run, settings), timed(loops[1].run, settings)) for _ in range(settings.rounds)]
 
 
@@ -255,24 +231,18 @@ def measure_memory(arm: str, folder: Path, settings: argparse.Namespace) -> dict
     """Peak memory in bytes of one arm alone in its process, and what of it was there before the first step."""
     recipe = make_recipe(folder, settings, compressed=arm != "uncompressed")
     if arm == "project":
-        before = resident()
+        before = resident_bytes()
         with contextlib.suppress(Finished):
             run(recipe, callbacks=[Memory(settings.warmup + settings.steps)])
     else:
         model, batches = prepared(recipe)
-        loop = PlainLoop(model, recipe, batches)
-        before = resident()
+        loop = _plain_loop(model, recipe, batches)
+        before = resident_bytes()
         loop.run(settings.warmup + settings.steps)
     synchronise()
     if uses_cpu():
-        return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident_before": before}
+        return {"peak_resident": peak_resident_bytes(), "resident_before": before}
     return {"peak_allocated": torch.accelerator.max_memory_allocated(), "resident_before": before}
-
-
-def resident() -> int:
-    """Bytes of this process in memory now (Linux), 0 where the system does not say."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 def summary(seconds: list[tuple[float, float]], arms: tuple[str, str], settings: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .bench_run import bench_run
+from .bench_train import train
 
 DEFAULT_SIZES = "384x384,768x768,1024x768,1344x1344"
 # wide enough for every column where the output is no terminal
@@ -16,6 +17,7 @@ FILE_WIDTH = 170
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 app.command("run")(bench_run)
+app.command("train")(train)
 
 
 @app.callback()
@@ -24,6 +26,7 @@ def bench() -> None:
 
     [bold]tokens[/bold] counts by arithmetic: seconds, on any machine, no weights, no download.
     [bold]run[/bold] measures: minutes, with random weights in memory, no download.
+    [bold]train[/bold] times an optimiser step with compression and without.
     """
 
 
