@@ -92,10 +92,12 @@ def _processor_seconds() -> float:
 
 @app.command("batches")
 def batches(
-    images: Annotated[int, typer.Option(help="Rendered images, each with one question.", min=8)] = 500,
-    batch_size: Annotated[int, typer.Option(help="As in `flashsloth run`.", min=1)] = 32,
-    workers: Annotated[int, typer.Option(help="As in `flashsloth run`.", min=0)] = 1,
-    rounds: Annotated[int, typer.Option(help="Repetitions; the two take turns on portions of the images.", min=1)] = 5,
+    images: Annotated[int, typer.Option("--images", help="Rendered images, each with one question.", min=8)] = 500,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="As in `flashsloth run`.", min=1)] = 32,
+    workers: Annotated[int, typer.Option("--workers", help="As in `flashsloth run`.", min=0)] = 1,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Repetitions; the two take turns on portions of the images.", min=1)
+    ] = 5,
     model: str = "nano",
     dtype: Dtype = "float32",
     threads: Threads = 0,
@@ -199,9 +201,11 @@ def _kill_and_resume(folder: Path, settings: RunSettings, expected: dict[str, st
 
 @app.command("encode-once")
 def encode_once(
-    shape: Annotated[str, typer.Option(help="nano, or hd: five views, SigLIP-base, random weights.")] = "nano",
-    images: Annotated[int, typer.Option(help="Images, each asked all ten questions.", min=1)] = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 4,
+    shape: Annotated[
+        str, typer.Option("--shape", help="nano, or hd: five views, SigLIP-base, random weights.")
+    ] = "nano",
+    images: Annotated[int, typer.Option("--images", help="Images, each asked all ten questions.", min=1)] = 10,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = 4,
     dtype: Dtype = "float32",
     threads: Threads = 0,
     output: Output = Path("encode_once.json"),
