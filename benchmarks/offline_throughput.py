@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -18,10 +17,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from common import SIGLIP_BASE, machine
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-import flashsloth
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, inference
 from flashsloth.model.processing_flashsloth import FlashSlothProcessor
 from flashsloth.offline import Record, RunSettings, read_records, run_records
@@ -39,15 +38,6 @@ QUESTIONS = (
     "is there a triangle?",
     "what is above the circle?",
 )
-SIGLIP_BASE = {
-    "model_type": "siglip_vision_model",
-    "image_size": 384,
-    "patch_size": 16,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
 # half the layers of SmolLM2-135M
 SMALL_DECODER = {
     "model_type": "llama",
@@ -313,18 +303,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return {
-        "processor": ", ".join(sorted(models)) or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "flashsloth": flashsloth.__version__,
-    }
+    return {**machine(), "load": os.getloadavg()[0]}
 
 
 def _write(output: Path, report: dict[str, Any], columns: list[str], rows: list[list[str]]) -> None:

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from common import SIGLIP_BASE, machine
 from PIL import Image
 from torch import nn
 from transformers import TrainerCallback
 
-import flashsloth
 from flashsloth.bench.training import TrainingLoop, synchronise
 from flashsloth.data.dataset import build_collator, build_dataset
 from flashsloth.study.measure import peak_resident_bytes, resident_bytes
@@ -46,15 +45,6 @@ from flashsloth.train.trainer import uses_cpu
 NANO = Path(__file__).parents[1] / "configs" / "nano" / "nano.yaml"
 TEMPLATE = NANO.with_name("chat_template.jinja")
 PARTS = ["compressor", "projector", "query_tokens", "embedded_query", "language_model"]
-SIGLIP_BASE = {
-    "model_type": "siglip_vision_model",
-    "image_size": 384,
-    "patch_size": 16,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
 # the shape of SmolLM2-360M
 DECODER_360M = {
     "model_type": "llama",
@@ -267,21 +257,9 @@ def summary(seconds: list[tuple[float, float]], arms: tuple[str, str], settings:
     }
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+def machine_and_load() -> dict[str, Any]:
     device = "cpu" if uses_cpu() else torch.cuda.get_device_name() if torch.cuda.is_available() else "accelerator"
-    return {
-        "device": device,
-        "processor": ", ".join(sorted(models)) or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_at_start": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "flashsloth": flashsloth.__version__,
-    }
+    return {"device": device, **machine(), "load_at_start": os.getloadavg()[0]}
 
 
 def sizes(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
@@ -369,7 +347,7 @@ def main() -> None:
         settings.output.write_text(json.dumps(perform(settings)))
         return
     kept = {key: value for key, value in vars(settings).items() if key not in ("size", "task", "output")}
-    report: dict[str, Any] = {"machine": machine(), "settings": kept, "results": {}}
+    report: dict[str, Any] = {"machine": machine_and_load(), "settings": kept, "results": {}}
     print(json.dumps(report, indent=2))
     for size in settings.sizes:
         result = report["results"][size] = {"model": child(size, "sizes")}

@@ -99,6 +99,7 @@ class _Transformer:
 
 
 def siglip_transformer(tower: nn.Module) -> _Transformer:
+    """Cost of a SigLIP tower, all of whose layers run."""
     return _Transformer(tower.embeddings.patch_embedding, tower.encoder.layers, tower.config.hidden_size)
 
 

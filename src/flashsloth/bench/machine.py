@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from flashsloth.inference import DTYPES
+
 from .results import Machine, Roofline
 
 try:
@@ -23,7 +25,6 @@ except ImportError as error:
 LARGEST_OTHER_LOAD = 0.1  # share of the CPU that other processes may take during a repetition
 MATRIX_SIZES = ((512, 2560, 10240), (1024, 2048, 8192), (2048, 2048, 2048))
 READ_BYTES, READ_WIDTH = 2**29, 4096
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUNDS = 5
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
 
@@ -115,7 +116,7 @@ def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
     """The best matrix rate over a few shapes of small language models, and the rate of reading a large matrix.
 
     Args:
-        dtype: key of `DTYPES`.
+        dtype: key of `inference.DTYPES`.
     """
     if device == "cpu":
         torch.set_num_threads(threads)

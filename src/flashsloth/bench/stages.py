@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.initialization import no_init_weights
 
+from flashsloth.inference import DTYPES
 from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
 
 from . import anatomy
-from .machine import DTYPES, synchronize
+from .machine import synchronize
 from .models import BenchModel
 from .results import Settings
 from .stock import StockFlashSloth

@@ -27,8 +27,8 @@ class TableData:
 
     def markdown(self) -> str:
         """The table in the dialect of GitHub, under its title in bold."""
-        lines = [f"**{self.title}**", "", _line(self.columns), _line(["---", *["---:"] * (len(self.columns) - 1)])]
-        return "\n".join([*lines, *(_line(row) for row in self.rows)])
+        ruler = ["---", *["---:"] * (len(self.columns) - 1)]
+        return "\n".join([f"**{self.title}**", "", *map(_line, [self.columns, ruler, *self.rows])])
 
 
 def _line(cells: Sequence[str]) -> str:

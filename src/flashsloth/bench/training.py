@@ -30,6 +30,7 @@ from ..study.measure import peak_resident_bytes, reset_peak_resident_bytes, resi
 from ..train.trainer import uses_cpu
 from .models import MODELS, model_named
 from .report import versions, write_text
+from .tables import TableData
 
 TINY = {
     "vision_config": {
@@ -342,15 +343,14 @@ def training_markdown(report: dict[str, Any]) -> str:
     columns, rows = training_rows(report)
     settings = next(iter(report["variants"].values()))
     chosen = settings["settings"]
-    cells = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    table = TableData("An optimiser step with and without compression", columns, rows)
     told = (
         f"{report['model']}, {chosen['batch']} samples a step, {chosen['dtype']}, {chosen['steps']} steps on "
         f"{settings['device']} with {settings['threads']} threads, torch {report['versions']['torch']}. Random "
         f"weights, encoder frozen, AdamW; memory is {settings['memory_kind']}, added is what steps took beyond "
         "weights and batch."
     )
-    return "\n".join(["**An optimiser step with and without compression**", "", *lines, "", told]) + "\n"
+    return f"{table.markdown()}\n\n{told}\n"
 
 
 def write_training_report(report: dict[str, Any], json_file: Path | None, markdown_file: Path | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +14,13 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
+from flashsloth.inference import DTYPES
 from flashsloth.quantization import quantize_
+from flashsloth.study.measure import peak_resident_bytes
 from flashsloth.train.saving import write_whole
 
 from .arithmetic import prefill_flops
-from .machine import DTYPES, LARGEST_OTHER_LOAD, Reading, other_load, read_load
+from .machine import LARGEST_OTHER_LOAD, Reading, other_load, read_load
 from .memory import cache_bytes
 from .models import BenchModel, model_named
 from .results import Measurement, Roofline, Settings, Stage
@@ -47,14 +48,8 @@ def entry_of(settings: Settings) -> BenchModel:
 def held_bytes(modules: list[torch.nn.Module]) -> int:
     """Bytes of the weights below the modules as they are held, each once."""
     seen = {parameter for module in modules for parameter in module.parameters()}
-    total = 0
-    for parameter in seen:
-        inner = getattr(parameter, "__tensor_flatten__", None)
-        if inner is None:
-            total += parameter.numel() * parameter.element_size()
-        else:  # a quantised tensor is made of several plain ones
-            total += sum(t.numel() * t.element_size() for t in _plain(parameter))
-    return total
+    # a quantised tensor is made of several plain ones
+    return sum(plain.numel() * plain.element_size() for parameter in seen for plain in _plain(parameter))
 
 
 def _plain(tensor: Any) -> list[torch.Tensor]:
@@ -130,14 +125,14 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
         quantize_(model, settings.quantization)
     parts = entry.dissect(model)
     stages = Stages(entry, model, settings)
-    before = _memory(settings.device)
+    before = _peak(settings.device)
     begun = time.perf_counter()
     stages.run()
     first = time.perf_counter() - begun
     for _ in range(warm_up - 1):
         stages.run()
     seconds, discarded, loaded = repeat(stages.run, repetitions, allow_load)
-    peak = _memory(settings.device)
+    peak = _peak(settings.device)
     config, count = parts.text_config, settings.batch * settings.images
     cached = stages.prompt_tokens + settings.output_tokens - 1
     cache = settings.batch * cache_bytes(config, cached, dtype.itemsize)
@@ -174,11 +169,9 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
     )
 
 
-def _memory(device: str) -> int:
-    """Largest resident set of this process so far, or largest allocation on the accelerator, in bytes."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _peak(device: str) -> int:
+    """The most memory this process, or the accelerator, has held, in bytes."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
 def main() -> None:

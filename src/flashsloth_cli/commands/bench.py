@@ -12,8 +12,6 @@ from .bench_run import bench_run
 from .bench_train import train
 
 DEFAULT_SIZES = "384x384,768x768,1024x768,1344x1344"
-# wide enough for every column where the output is no terminal
-FILE_WIDTH = 170
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 app.command("run")(bench_run)
@@ -82,9 +80,9 @@ def tokens(
     from flashsloth.bench.tables import notes, tables
     from flashsloth.bench.tokens import available_models, measure_all
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    from ..tables import print_table, table_console
+
+    console = table_console()
     if list_models:
         table = Table("name", "model", "built", box=None, pad_edge=False)
         for name, model in MODELS.items():
@@ -102,12 +100,7 @@ def tokens(
         Console(stderr=True).print(f"left out, needs a newer transformers: {', '.join(missing)}", style="dim")
     found = tables(costs, text_tokens, dtype, batch)
     for data in found:
-        table = Table(title=data.title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
-        for column, heading in enumerate(data.columns):
-            table.add_column(heading, justify="right" if column else "left")
-        for row in data.rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, data.columns, data.rows, data.title)
         console.print()
     for line in notes(costs):
         console.print(line, style="dim")

@@ -65,7 +65,6 @@ def bench_run(
       flashsloth bench run --models flashsloth-smollm2-360m --batch 1,4,16 --images 1,4
     """
     from rich.console import Console
-    from rich.table import Table
 
     from flashsloth.bench.machine import DTYPES, cores
     from flashsloth.bench.measured import open_results, run_all, settings_of
@@ -74,11 +73,10 @@ def bench_run(
     from flashsloth.bench.results import Measurement
     from flashsloth.quantization import SCHEMES
 
-    from .bench import FILE_WIDTH, parse_sizes
+    from ..tables import print_table, table_console
+    from .bench import parse_sizes
 
-    console, log = Console(highlight=False), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console, log = table_console(), Console(stderr=True, highlight=False)
     dtypes = [name.strip() for name in dtype.split(",")]
     for name in dtypes:
         if name not in DTYPES:
@@ -125,12 +123,7 @@ def bench_run(
             wanted, open_results(output, device, threads), output, repetitions, warm_up, allow_load, report
         )
     for data in measured_tables(results):
-        table = Table(title=data.title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
-        for column, heading in enumerate(data.columns):
-            table.add_column(heading, justify="right" if column else "left")
-        for row in data.rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, data.columns, data.rows, data.title)
         console.print()
     console.print(machine_line(results), style="dim")
     write_text(output.with_suffix(".md"), measured_markdown(results))

@@ -36,9 +36,10 @@ def train(
       flashsloth bench train --model flashsloth-smollm2-360m --batch 2 --dtype bfloat16 --json train.json
     """
     from rich.console import Console
-    from rich.table import Table
 
     from flashsloth.bench.training import TrainingSettings, measure_training, training_rows, write_training_report
+
+    from ..tables import print_table, table_console
 
     settings = TrainingSettings(
         model=model, batch=batch, dtype=dtype, steps=steps, warmup=warmup, question_tokens=question_tokens,
@@ -47,13 +48,5 @@ def train(
     with Console(stderr=True).status("measuring") as status:
         report = measure_training(settings, progress=lambda name: status.update(f"measuring {model}, {name}"))
     columns, rows = training_rows(report)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 170
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for index, heading in enumerate(columns):
-        table.add_column(heading, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(table_console(), columns, rows)
     write_training_report(report, json_file, markdown_file)
