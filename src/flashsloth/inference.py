@@ -3,104 +3,39 @@
     model = flashsloth.inference.load("nano")
     answer = model.ask("photo.jpg", "What is in the picture?")
 
-Shape suffixes: I images, V views, C channels, H W pixels, P un-pooled patches, N visual tokens, E width of the
-encoder, D width of the language model.
+Folders are read by `loading`; turns, answers and their times are in `conversation`.
 """
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import BatchFeature, Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from . import hub
+from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
+from .loading import DTYPES, load_model, select_device
 from .model.configuration_flashsloth import FlashSlothConfig
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
 
+__all__ = [
+    "DEFAULT_MAX_NEW_TOKENS",
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "Answer",
+    "AnswerStream",
+    "Conversation",
+    "FlashSloth",
+    "Timings",
+    "load",
+    "load_model",
+    "select_device",
+]
+
 DEFAULT_MODEL = "nano"
-DEFAULT_MAX_NEW_TOKENS = 128
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-MOST_NAMED_TENSORS = 5
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds spent in each stage; the device is synchronised between them."""
-
-    preprocess: float = 0.0
-    encode: float = 0.0
-    compress: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.preprocess + self.encode + self.compress + self.prefill + self.decode
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said and what it took.
-
-    Attributes:
-        text: the answer, without special tokens.
-        visual_tokens: tokens that stood for the images in the language model.
-        uncompressed_tokens: what the same images would take without compression.
-        prompt_tokens: length of the whole prompt, visual tokens and earlier turns included.
-        reused_tokens: prompt tokens whose keys and values were still in the cache.
-        new_tokens: generated tokens, end of sequence included.
-        timings: prefill ends with the first new token, decode is the time of the others.
-    """
-
-    text: str
-    visual_tokens: int
-    uncompressed_tokens: int
-    prompt_tokens: int
-    reused_tokens: int
-    new_tokens: int
-    timings: Timings
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "seconds": self.timings.total}
-
-
-def select_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, False):
-        raise ValueError(f"device {name!r} is not available here; use --device auto or cpu")
-    return device
 
 
 def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto") -> FlashSloth:
@@ -125,81 +60,6 @@ def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dty
     model = load_model(folder, wanted)
     processor = FlashSlothProcessor.from_pretrained(folder)
     return FlashSloth(model.to(target).eval(), processor, name=os.fspath(name))
-
-
-def load_model(
-    folder: str | os.PathLike[str], dtype: str = "auto", quantization_config: Any = None
-) -> FlashSlothForConditionalGeneration:
-    """`from_pretrained` that accepts nothing less than all tensors of the model.
-
-    Args:
-        folder: of a model, or of an adapter, which is merged into its base model.
-        dtype: as in `load`.
-        quantization_config: of transformers, to quantize weights while they are read.
-
-    Raises:
-        ValueError: a broken configuration or file; a tensor that is missing, unexpected or of another shape.
-    """
-    if hub.is_adapter(Path(folder)):
-        from .train.adapters import load_merged
-
-        return load_merged(Path(folder), dtype=dtype)
-    model_type = hub.read_config(Path(folder)).get("model_type")
-    if model_type != FlashSlothConfig.model_type:
-        raise ValueError(f"{folder} holds a {model_type!r} model, not a FlashSloth; see `flashsloth convert`")
-    try:
-        model, report = FlashSlothForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=DTYPES.get(dtype, "auto"),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **({} if quantization_config is None else {"quantization_config": quantization_config}),
-        )
-    except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json: {error.__cause__ or error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"a weight file in {folder} is damaged: {error}") from error
-    problems = [f"missing {key}" for key in sorted(report["missing_keys"])]
-    problems += [f"unexpected {key}" for key in sorted(report["unexpected_keys"])]
-    problems += [
-        f"{key} has shape {list(found)} instead of {list(expected)}"
-        for key, found, expected in sorted(report["mismatched_keys"])
-    ]
-    if problems:
-        rest = len(problems) - MOST_NAMED_TENSORS
-        more = f" and {rest} more" if rest > 0 else ""
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: {', '.join(problems[:MOST_NAMED_TENSORS])}{more}"
-        )
-    return model
-
-
-class _Clock(StoppingCriteria):
-    """Notes when the first new token is there; stops generation when asked to."""
-
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.synchronize = synchronize
-        self.first_token: float | None = None
-        self.stopped = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.first_token is None:
-            self.synchronize()
-            self.first_token = time.perf_counter()
-        return torch.full((input_ids.shape[0],), self.stopped.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class _CallbackStreamer(TextStreamer):
-    """Hands over text as soon as it can no longer change."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(text)
 
 
 class FlashSloth:
@@ -265,226 +125,3 @@ class FlashSloth:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
-
-
-class Conversation:
-    """Turns about a list of images; see `FlashSloth.conversation`."""
-
-    def __init__(self, session: FlashSloth, images: Any, system: str | None = None) -> None:
-        self.session = session
-        self.images: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
-        self.system = system
-        self.messages: list[dict[str, Any]] = []
-        self._features: BaseModelOutputWithPooling | None = None
-        self._cache: Cache | None = None
-        self._cached_ids: list[int] = []
-        # A cut inside a turn could part a question from its query tokens: the cache is cut after the last prompt or
-        # before the first question.
-        self._prompt_length = 0
-        self._first_question: int | None = None
-        # What the images took; part of the next answer's time.
-        self._image_timings = Timings()
-
-    @torch.inference_mode()
-    def encode(self) -> None:
-        """Load and encode the images, once; done by the first question otherwise.
-
-        Raises:
-            ValueError, OSError: a bad image.
-        """
-        if self._features is not None or not self.images:
-            return
-        session, base = self.session, self.session.model.model
-        started = time.perf_counter()
-        pixels = session.processor.image_processor(self.images, return_tensors="pt")["pixel_values"]
-        pixels_IVCHW = pixels.to(session.device)
-        session.synchronize()
-        prepared = time.perf_counter()
-        features_IPE = base.encode_views(pixels_IVCHW)
-        session.synchronize()
-        encoded = time.perf_counter()
-        tokens_IND = base.compress(features_IPE)
-        session.synchronize()
-        compressed = time.perf_counter()
-        self._features = BaseModelOutputWithPooling(last_hidden_state=features_IPE, pooler_output=tokens_IND)
-        self._image_timings = Timings(
-            preprocess=prepared - started, encode=encoded - prepared, compress=compressed - encoded
-        )
-
-    def reset(self) -> None:
-        """Forget the turns. The images stay encoded, and their tokens stay in the cache for the next question."""
-        self.messages = []
-
-    @torch.inference_mode()
-    def ask(
-        self,
-        question: str,
-        *,
-        max_new_tokens: int | None = None,
-        on_text: Callable[[str], None] | None = None,
-        **generation: Any,
-    ) -> Answer:
-        """Ask the next question; arguments and errors as in `FlashSloth.ask`."""
-        return self._ask(question, max_new_tokens, on_text, generation, _Clock(self.session.synchronize))
-
-    def stream(self, question: str, **options: Any) -> AnswerStream:
-        """Like `ask`, but returns at once an iterator over pieces of the answer's text."""
-        return AnswerStream(self, question, **options)
-
-    def _ask(
-        self,
-        question: str,
-        max_new_tokens: int | None,
-        on_text: Callable[[str], None] | None,
-        generation: dict[str, Any],
-        clock: _Clock,
-    ) -> Answer:
-        if not question.strip():
-            raise ValueError("the question is empty")
-        session, config = self.session, self.session.config
-        self.encode()
-        started = time.perf_counter()
-        messages = [*self.messages, self._user_message(question)]
-        inputs = self._prepare(messages)
-        prompt_tokens = inputs["input_ids"].shape[1]
-        limit = self._answer_limit(prompt_tokens, max_new_tokens)
-        session.synchronize()
-        before = self._image_timings
-        timings = replace(before, preprocess=before.preprocess + time.perf_counter() - started)
-        cache, reused = self._take_cache(inputs["input_ids"][0].tolist())
-        streamer = None if on_text is None else _CallbackStreamer(session.processor.tokenizer, on_text)
-
-        started = time.perf_counter()
-        output = session.model.generate(
-            **inputs,
-            image_features=self._features,
-            past_key_values=cache,
-            max_new_tokens=limit,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            streamer=streamer,
-            return_dict_in_generate=True,
-            **generation,
-        )
-        session.synchronize()
-        finished = time.perf_counter()
-        first_token = finished if clock.first_token is None else clock.first_token
-        timings = replace(timings, prefill=first_token - started, decode=finished - first_token)
-
-        new_ids = output.sequences[0, prompt_tokens:]
-        text = session.processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
-        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        self._cache = output.past_key_values
-        cached = 0 if self._cache is None else self._cache.get_seq_length()
-        self._cached_ids = output.sequences[0, :cached].tolist()
-        self._prompt_length = prompt_tokens
-        self._first_question = _first_marked(inputs.get("question_ids"))
-        self._image_timings = Timings()
-        return Answer(
-            text=text,
-            visual_tokens=len(self.images) * config.num_image_tokens,
-            uncompressed_tokens=len(self.images) * config.num_views * config.num_patches_per_view,
-            prompt_tokens=prompt_tokens,
-            reused_tokens=reused,
-            new_tokens=len(new_ids),
-            timings=timings,
-        )
-
-    def _user_message(self, question: str) -> dict[str, Any]:
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if not self.messages:
-            content = [{"type": "image", "image": image} for image in self.images] + content
-        return {"role": "user", "content": content}
-
-    def _prepare(self, messages: list[dict[str, Any]]) -> BatchFeature:
-        """Model inputs of the whole conversation without pixels, on the device."""
-        system = (
-            [] if self.system is None else [{"role": "system", "content": [{"type": "text", "text": self.system}]}]
-        )
-        inputs = self.session.processor.apply_chat_template(
-            [*system, *messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt", "return_pixel_values": False},
-        )
-        return inputs.to(self.session.device)
-
-    def _answer_limit(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        context = self.session.config.text_config.max_position_embeddings
-        room = context - prompt_tokens
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {prompt_tokens} tokens, but {self.session.name} has a context of {context}; "
-                "shorten the question, or start a new conversation"
-            )
-        limit = max_new_tokens or self.session.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        if limit > room:
-            if max_new_tokens is not None:
-                warnings.warn(
-                    f"max_new_tokens {max_new_tokens} lowered to {room}: the context ends there", stacklevel=4
-                )
-            return room
-        return limit
-
-    def _take_cache(self, ids: Sequence[int]) -> tuple[Cache, int]:
-        """The cache, cut to the tokens it shares with the new prompt, and their number.
-
-        It is given away: should generation fail half-way, the next turn starts from an empty one.
-        """
-        cache, self._cache = self._cache, None
-        pairs = enumerate(zip(self._cached_ids, ids, strict=False))
-        # The last token of the prompt has to run to give the first of the answer.
-        longest = min(len(self._cached_ids), len(ids) - 1)
-        shared = min(longest, next((index for index, (old, new) in pairs if old != new), longest))
-        if shared < self._prompt_length and self._first_question is not None:
-            shared = min(shared, self._first_question)
-        # A sliding window has forgotten what a shorter prefix would need.
-        cut = cache is not None and shared < len(self._cached_ids)
-        if cache is None or shared == 0 or (cut and any(cache.is_sliding)):
-            return DynamicCache(config=self.session.config.text_config), 0
-        if cut:
-            cache.crop(shared - len(self._cached_ids))
-        return cache, shared
-
-
-def _first_marked(question_ids_BT: Tensor | None) -> int | None:
-    """Index of the first token of the first question; None where a prompt marks none."""
-    marked = [] if question_ids_BT is None else question_ids_BT[0].nonzero().flatten().tolist()
-    return marked[0] if marked else None
-
-
-class AnswerStream:
-    """Iterator over pieces of text; `answer` holds the whole answer at its end."""
-
-    def __init__(
-        self, conversation: Conversation, question: str, *, max_new_tokens: int | None = None, **generation: Any
-    ) -> None:
-        self.answer: Answer | None = None
-        self._error: BaseException | None = None
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._clock = _Clock(conversation.session.synchronize)
-
-        @torch.inference_mode()
-        def run() -> None:
-            try:
-                self.answer = conversation._ask(question, max_new_tokens, self._pieces.put, generation, self._clock)
-            except BaseException as error:  # handed to the thread that reads
-                self._error = error
-            finally:
-                self._pieces.put(None)
-
-        self._thread = threading.Thread(target=run, name="flashsloth-stream", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            while (piece := self._pieces.get()) is not None:
-                yield piece
-        finally:
-            # Left early, the model must not go on in the background.
-            self._clock.stopped.set()
-            self._thread.join()
-        if self._error is not None:
-            raise self._error

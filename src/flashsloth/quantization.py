@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from . import hub
+from .loading import load_model
 from .model.backbones import decoder_layers
 from .model.checkpoint_folder import check_destination, size_of, write_folder
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -125,8 +126,6 @@ def quantize_folder(
     Raises:
         ValueError, OSError, ImportError: as in `quantize_` and `inference.load`; a destination in use.
     """
-    from .inference import load_model
-
     _import_torchao()
     source = hub.resolve(name)
     check_destination(source, destination, overwrite)

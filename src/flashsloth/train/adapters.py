@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import hub
-from ..inference import load_model
+from ..loading import load_model
 from ..model.checkpoint_folder import check_destination, read_json, size_of, write_folder, write_json
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
