@@ -168,6 +168,22 @@ def test_questions_that_cannot_be_answered(session: FlashSloth, question: str, o
         session.ask(noise_image(), question, **options)
 
 
+def test_equal_views_are_encoded_once_where_asked_for(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "views", view_grid=(2, 2))
+    wide = noise_image(size=(64, 16))  # padded to a square: tiles above and below are blank
+    answers, encoded = [], []
+    for share in (False, True):
+        session = load(folder, device="cpu", share_equal_views=share)
+        views = []
+        session.model.model.vision_tower.register_forward_pre_hook(
+            lambda module, args, kwargs, views=views: views.append(kwargs["pixel_values"].shape[0]), with_kwargs=True
+        )
+        answers.append(session.ask([wide, wide], "what is it?", max_new_tokens=NEW_TOKENS).text)
+        encoded.append(sum(views))
+    assert encoded[0] == 10 and encoded[1] <= 5
+    assert answers[0] == answers[1]
+
+
 def test_an_answer_ends_with_the_context(session: FlashSloth) -> None:
     with pytest.warns(UserWarning, match="lowered"):
         answer = session.ask([], "w" * 240, max_new_tokens=100)

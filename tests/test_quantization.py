@@ -1,14 +1,17 @@
 """Quantized models: what is quantized, the way through a folder, and what is refused."""
 
+import io
 import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from flashsloth import FlashSlothForConditionalGeneration, quantization
 from flashsloth.inference import load, load_model
-from flashsloth.quantization import SCHEMES, quantize_, quantize_folder
+from flashsloth.int8_linear import Int8Linear
+from flashsloth.quantization import ALL_SCHEMES, IN_MEMORY_SCHEMES, SCHEMES, is_quantized, quantize_, quantize_folder
 from flashsloth_cli.main import main
 from tiny_models import ENCODERS, build_rows, tiny_model
 
@@ -17,13 +20,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:int4-weight-only holds")
 
 
 def model_of_even_widths(**overrides) -> FlashSlothForConditionalGeneration:
-    """Widths that groups of 32 divide, in the decoder and in the encoder."""
-    text = {"hidden_size": 32, "intermediate_size": 64}
+    """Widths that groups of 64 divide, in the decoder and in the encoder."""
+    text = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     model = tiny_model("llama", **overrides)
     config = model.config
     for key, value in text.items():
         setattr(config.text_config, key, value)
-    config.vision_config.hidden_size, config.vision_config.intermediate_size = 32, 64
+    config.vision_config.hidden_size, config.vision_config.intermediate_size = 64, 128
     torch.manual_seed(0)
     model = FlashSlothForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -38,11 +41,16 @@ def logits_of(model: FlashSlothForConditionalGeneration) -> torch.Tensor:
         return model(**build_rows(model.config, [[(1, 4, 3)]])).logits
 
 
+def dtype_of(scheme: str) -> torch.dtype:
+    return torch.bfloat16 if scheme == "int4-packed" else torch.float32
+
+
 def quantized_names(model: nn.Module) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module.weight.data) is not torch.Tensor
+        if isinstance(module, Int8Linear)
+        or (isinstance(module, nn.Linear) and type(module.weight.data) is not torch.Tensor)
     }
 
 
@@ -69,10 +77,83 @@ def test_a_quantized_model_comes_back_from_its_folder_with_equal_outputs(tmp_pat
 
 def test_the_encoder_is_quantized_by_default_only_with_its_activations():
     in_encoder = {}
-    for scheme in SCHEMES:
-        names = quantized_names(quantize_(model_of_even_widths(), scheme))
+    for scheme in ALL_SCHEMES:
+        names = quantized_names(quantize_(model_of_even_widths().to(dtype_of(scheme)), scheme))
         in_encoder[scheme] = any(name.startswith("model.vision_tower.") for name in names)
-    assert in_encoder == {"int8-dynamic": True, "int8-weight-only": False, "int4-weight-only": False}
+    assert {scheme for scheme, quantized in in_encoder.items() if quantized} == {"int8-dynamic", "int8-dynamic-cpu"}
+
+
+@pytest.mark.parametrize("scheme", IN_MEMORY_SCHEMES)
+@pytest.mark.parametrize("encoder", [False, True])
+def test_schemes_for_memory_compute_nearly_the_same_and_cannot_be_saved(tmp_path, scheme, encoder):
+    model = model_of_even_widths().to(dtype_of(scheme))
+    exact = logits_of(model)
+    # the same parts by a scheme of torchao say what as many bits may cost
+    like = quantize_(model_of_even_widths().to(dtype_of(scheme)), IN_MEMORY_SCHEMES[scheme][1], encoder=encoder)
+    quantize_(model, scheme, encoder=encoder)
+    assert quantized_names(model) == quantized_names(like)
+    assert is_quantized(model) and not is_quantized(model_of_even_widths())
+    difference = (logits_of(model) - exact).abs().mean()
+    assert 0 < difference < 2 * (logits_of(like) - exact).abs().mean()
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_(model, "int8-weight-only")
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_int8_for_memory_is_close_to_the_layer_it_was_made_from():
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40).requires_grad_(False)
+    values = torch.randn(2, 7, 96)
+    values[1, 3] = 0.0  # a row without a largest value
+    found, expected = Int8Linear(linear)(values), linear(values)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    torch.testing.assert_close(found[1, 3], linear.bias)
+    whole = linear.bfloat16()
+    assert Int8Linear(whole)(values.bfloat16()).dtype == torch.bfloat16
+
+
+def test_schemes_for_memory_are_refused_where_they_have_no_kernels(tmp_path):
+    with pytest.raises(ValueError, match="multiplies in bfloat16, but the model is in float32"):
+        quantize_(model_of_even_widths(), "int4-packed")
+    with pytest.raises(ValueError, match="int8-dynamic-cpu has kernels for cpu only; use int8-dynamic on meta"):
+        quantize_(model_of_even_widths().to("meta"), "int8-dynamic-cpu")
+    for scheme, (_, instead) in IN_MEMORY_SCHEMES.items():
+        with pytest.raises(ValueError, match=f"cannot be saved; write {instead}, or use {scheme} in memory"):
+            quantize_folder("nano", tmp_path / "out", scheme)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_packed_int4_runs_on_a_gpu():
+    model = model_of_even_widths().to("cuda", torch.bfloat16)
+    inputs = {name: value.to("cuda") for name, value in build_rows(model.config, [[(1, 4, 3)]]).items()}
+    with torch.inference_mode():
+        exact = model(**inputs).logits
+        found = quantize_(model, "int4-packed")(**inputs).logits
+    assert 0 < (found - exact).abs().max() < 0.5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic-cpu", "int8-dynamic"])
+def test_a_scheme_is_applied_while_loading(scheme):
+    session = load("nano", device="cpu", quantization=scheme)
+    expected = quantize_(load_model(quantization.hub.resolve("nano"), "float32"), scheme)
+    assert quantized_names(session.model) == quantized_names(expected) != set()
+    picture = torch.full((3, 32, 32), 90, dtype=torch.uint8)
+    answer = session.ask(picture, "What is in the picture?", max_new_tokens=4)
+    session.model = expected.eval()
+    assert session.ask(picture, "What is in the picture?", max_new_tokens=4).text == answer.text
+
+
+def test_a_scheme_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    out = quantize_folder("nano", tmp_path / "nano-int8", "int8-weight-only")
+    monkeypatch.setattr("flashsloth.inference.load_model", None)
+    with pytest.raises(ValueError, match="nano-int8 is quantized already, so int4-packed cannot be applied"):
+        load(out, quantization="int4-packed")
+    with pytest.raises(ValueError, match="unknown quantization scheme 'int3'; use int8-dynamic"):
+        load("nano", quantization="int3")
 
 
 def test_widths_that_groups_do_not_divide_are_refused_by_name():
@@ -117,3 +198,18 @@ def test_the_command_writes_a_folder_that_answers(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not empty"):
         quantize_folder("nano", out, "int8-dynamic")
+    assert main(["quantize", "nano", str(tmp_path / "packed"), "--scheme", "int4-packed"]) == 2
+    assert "write int4-weight-only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_commands_quantize_in_memory(command, tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "grey.png"
+    Image.new("RGB", (40, 40), (90, 90, 90)).save(picture)
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is it?\n/quit\n"))
+    words = [command, str(picture), *(["what is it?"] if command == "ask" else []), "--device", "cpu"]
+    expected = load("nano", device="cpu", quantization="int8-dynamic-cpu").ask(picture, "what is it?").text
+    assert main([*words, "--quantize", "int8-dynamic-cpu", "--share-equal-views"]) == 0
+    assert expected in capsys.readouterr().out
+    assert main([*words, "--quantize", "int4-packed"]) == 2
+    assert "--dtype bfloat16" in capsys.readouterr().err

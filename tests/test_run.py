@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -63,6 +64,21 @@ def test_batches_give_the_answers_of_single_questions_and_name_what_fails(asked,
         single = session.ask(list(record.images), record.question, max_new_tokens=6).text
         assert rows[record.id] == {"id": record.id, "question": record.question, "answer": single}
     assert "broken.png" in rows["broken"]["error"] and "nowhere.png" in rows["missing"]["error"]
+
+
+def test_options_of_a_session_reach_the_run(asked, tmp_path, capsys):
+    records = [record for record in read_records(str(asked)) if record.id.startswith("q")][:6]
+    plain = RunSettings(device="cpu", batch_size=3, workers=0, max_new_tokens=3)
+    run_records(records, tmp_path / "plain.jsonl", plain)
+    run_records(records, tmp_path / "shared.jsonl", dataclasses.replace(plain, share_equal_views=True))
+    assert lines(tmp_path / "shared.jsonl") == lines(tmp_path / "plain.jsonl")
+    quantized = dataclasses.replace(plain, quantization="int8-dynamic-cpu")
+    run_records(records, tmp_path / "int8.jsonl", quantized)
+    session = inference.load("nano", device="cpu", quantization="int8-dynamic-cpu")
+    batch = answer(session, prepare(records[:3], session.processor, 500), 3)
+    assert [lines(tmp_path / "int8.jsonl")[row["id"]] for row in batch] == batch
+    with pytest.raises(ValueError, match="begun with quantization=None, now it is 'int8-dynamic-cpu'"):
+        run_records(records, tmp_path / "plain.jsonl", quantized)
 
 
 def test_worker_processes_change_nothing(asked, tmp_path):

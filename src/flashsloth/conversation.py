@@ -123,11 +123,9 @@ class Conversation:
             return
         session, base = self.session, self.session.model.model
         started = time.perf_counter()
-        pixels = session.processor.image_processor(self.images, return_tensors="pt")["pixel_values"]
-        pixels_IVCHW = pixels.to(session.device)
-        session.synchronize()
+        pixels_IVCHW = session.processor.image_processor(self.images, return_tensors="pt")["pixel_values"]
         prepared = time.perf_counter()
-        features_IPE = base.encode_views(pixels_IVCHW)
+        features_IPE = session.encode_views(pixels_IVCHW)
         session.synchronize()
         encoded = time.perf_counter()
         tokens_IND = base.compress(features_IPE)

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import hub
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
+from .equal_views import encode_distinct_views
 from .loading import DTYPES, load_model, select_device
 from .model.configuration_flashsloth import FlashSlothConfig
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
+from .quantization import ALL_SCHEMES, quantize_
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
@@ -38,7 +42,13 @@ __all__ = [
 DEFAULT_MODEL = "nano"
 
 
-def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto") -> FlashSloth:
+def load(
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    share_equal_views: bool = False,
+) -> FlashSloth:
     """A model ready to be asked.
 
     Args:
@@ -46,9 +56,13 @@ def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dty
             an adapter is merged into its base model in memory.
         device: "auto" (CUDA, MPS, CPU), or a torch device.
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
+        quantization: scheme of `quantization.quantize_`, applied in memory, on the device.
+        share_equal_views: as in `FlashSloth`.
 
     Raises:
-        ValueError: unknown model, device or dtype; a checkpoint that does not hold exactly the model's tensors.
+        ValueError: unknown model, device, dtype or scheme; a checkpoint that does not hold exactly the model's
+            tensors; a model that is quantized already.
+        ImportError: quantization without torchao.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
@@ -56,10 +70,28 @@ def load(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dty
     folder = hub.resolve(name)
     if not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder} has no processor (processor_config.json); was the checkpoint without a tokenizer?")
+    if quantization is not None:
+        _check_quantization(folder, quantization)
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
-    model = load_model(folder, wanted)
+    model = load_model(folder, wanted).to(target).eval()
     processor = FlashSlothProcessor.from_pretrained(folder)
-    return FlashSloth(model.to(target).eval(), processor, name=os.fspath(name))
+    if quantization is not None:
+        quantize_(model, quantization)
+    return FlashSloth(model, processor, name=os.fspath(name), share_equal_views=share_equal_views)
+
+
+def _check_quantization(folder: Path, scheme: str) -> None:
+    """Refuse before the weights are read what `quantize_` would refuse after it."""
+    from .train.adapters import base_folder
+
+    if scheme not in ALL_SCHEMES:
+        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(ALL_SCHEMES)}")
+    source = base_folder(folder) if hub.is_adapter(folder) else folder
+    if "quantization_config" in hub.read_config(source):
+        raise ValueError(
+            f"{source} is quantized already, so {scheme} cannot be applied to it; load it without a scheme, or give "
+            "the folder it was made from"
+        )
 
 
 class FlashSloth:
@@ -69,12 +101,18 @@ class FlashSloth:
         model: the model, on its device.
         processor: the processor saved beside it.
         name: shown in messages.
+        share_equal_views: encode views of equal pixels once, such as the blank tiles of padded images.
     """
 
     def __init__(
-        self, model: FlashSlothForConditionalGeneration, processor: FlashSlothProcessor, name: str = "model"
+        self,
+        model: FlashSlothForConditionalGeneration,
+        processor: FlashSlothProcessor,
+        name: str = "model",
+        share_equal_views: bool = False,
     ) -> None:
         self.model, self.processor, self.name = model, processor, name
+        self.share_equal_views = share_equal_views
 
     @property
     def config(self) -> FlashSlothConfig:
@@ -118,6 +156,12 @@ class FlashSloth:
     def conversation(self, images: Any, system: str | None = None) -> Conversation:
         """Several turns about the same images, which are encoded once; the cache of earlier turns is used again."""
         return Conversation(self, images, system=system)
+
+    def encode_views(self, pixel_values: Tensor) -> Tensor:
+        """Un-pooled features (I, P, E) of images (I, V, C, H, W), which may still be on the CPU."""
+        if self.share_equal_views:
+            return encode_distinct_views(self.model.model, pixel_values)
+        return self.model.model.encode_views(pixel_values.to(self.device))
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""

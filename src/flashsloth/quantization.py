@@ -1,4 +1,4 @@
-"""Quantize the linear layers of a model with torchao, in memory or to a folder that `from_pretrained` loads.
+"""Quantize the linear layers of a model, in memory or with torchao to a folder that `from_pretrained` loads.
 
     model = quantize_(model, "int8-dynamic")
 
@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import hub
+from .int8_linear import Int8Linear
 from .loading import load_model
 from .model.backbones import decoder_layers
 from .model.checkpoint_folder import check_destination, size_of, write_folder
@@ -24,6 +26,8 @@ from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
 
 INT4_GROUP_SIZE = 32
+# the CPU kernel of packed values is four times slower with groups of 32
+INT4_PACKED_GROUP_SIZE = 64
 
 
 def _int8_dynamic() -> Any:
@@ -41,69 +45,138 @@ def _int8_weight_only() -> Any:
 
 def _int4_weight_only() -> Any:
     # Int4WeightOnlyConfig has no CPU kernels whose tensors safetensors can hold; these values do, one a byte.
-    import torch
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP_SIZE))
 
 
+def _int4_packed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+
+        return PrototypeInt4WeightOnlyConfig(group_size=INT4_PACKED_GROUP_SIZE, set_inductor_config=False)
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    return Int4WeightOnlyConfig(
+        group_size=INT4_PACKED_GROUP_SIZE, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )
+
+
+# schemes of torchao that safetensors can hold
 SCHEMES: dict[str, Callable[[], Any]] = {
     "int8-dynamic": _int8_dynamic,
     "int8-weight-only": _int8_weight_only,
     "int4-weight-only": _int4_weight_only,
 }
-ENCODER_BY_DEFAULT = {"int8-dynamic": True, "int8-weight-only": False, "int4-weight-only": False}
-GROUP_SIZES = {"int4-weight-only": INT4_GROUP_SIZE}
+# laid out as the kernels of a machine read them, so they are never written -> (devices, what to write instead)
+IN_MEMORY_SCHEMES: dict[str, tuple[tuple[str, ...], str]] = {
+    "int8-dynamic-cpu": (("cpu",), "int8-dynamic"),
+    "int4-packed": (("cpu", "cuda"), "int4-weight-only"),
+}
+ALL_SCHEMES = (*SCHEMES, *IN_MEMORY_SCHEMES)
+ENCODER_BY_DEFAULT = {
+    "int8-dynamic": True,
+    "int8-weight-only": False,
+    "int4-weight-only": False,
+    "int8-dynamic-cpu": True,
+    "int4-packed": False,
+}
+GROUP_SIZES = {"int4-weight-only": INT4_GROUP_SIZE, "int4-packed": INT4_PACKED_GROUP_SIZE}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights of the model are held in fewer bits, by a folder's configuration or in memory."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return True
+    return any(
+        isinstance(module, Int8Linear)
+        or (isinstance(module, nn.Linear) and hasattr(module.weight, "__tensor_flatten__"))
+        for module in model.modules()
+    )
 
 
 def quantize_(
     model: FlashSlothForConditionalGeneration, scheme: str, encoder: bool | None = None
 ) -> FlashSlothForConditionalGeneration:
-    """Quantize a loaded model in place; it can be saved with `save_pretrained` afterwards.
+    """Quantize a loaded model in place.
 
     Args:
-        model: with floating-point weights.
-        scheme: "int8-dynamic" (activations and weights), "int8-weight-only" or "int4-weight-only".
-        encoder: quantize the vision encoder too; default only for "int8-dynamic".
+        model: with floating-point weights, on the device where it will run.
+        scheme: of torchao, for `save_pretrained` too: "int8-dynamic" (activations and weights), "int8-weight-only",
+            "int4-weight-only". For memory only: "int8-dynamic-cpu" (the arithmetic of "int8-dynamic" by the integer
+            kernel of CPUs), "int4-packed" (two weights a byte; bfloat16, CPU or CUDA).
+        encoder: quantize the vision encoder too; default only where activations are quantized.
 
     Returns:
         the same model.
 
     Raises:
-        ValueError: unknown scheme, a model that is quantized already, widths the scheme cannot group.
+        ValueError: unknown scheme, a model that is quantized already, widths the scheme cannot group, a device or
+            number format without kernels for it.
         ImportError: torchao is missing.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(SCHEMES)}")
-    if getattr(model, "hf_quantizer", None) is not None:
+    if scheme not in ALL_SCHEMES:
+        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(ALL_SCHEMES)}")
+    if is_quantized(model):
         raise ValueError("the model is quantized already; quantize the folder it was made from")
-    torchao = _import_torchao()
-    from transformers import TorchAoConfig
-    from transformers.quantizers import AutoHfQuantizer
-
     chosen = _chosen_layers(model, ENCODER_BY_DEFAULT[scheme] if encoder is None else encoder)
-    group_size = GROUP_SIZES.get(scheme)
-    if group_size is not None:
+    _check_widths(chosen, scheme)
+    if scheme in IN_MEMORY_SCHEMES:
+        _check_kernels(model, scheme)
+    if scheme == "int8-dynamic-cpu":
         for name, linear in chosen.items():
-            if linear.in_features % group_size:
-                raise ValueError(
-                    f"{name} reads {linear.in_features} values, which groups of {group_size} do not divide, so "
-                    f"{scheme} cannot hold it; use int8-weight-only or int8-dynamic"
-                    + (", or leave the encoder out" if name.startswith("model.vision_tower") else "")
-                )
+            model.set_submodule(name, Int8Linear(linear))
+        return model
+    torchao = _import_torchao()
+    recipe = _int4_packed(model.device) if scheme == "int4-packed" else SCHEMES[scheme]()
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
+    torchao.quantize_(model, recipe, filter_fn=lambda module, name: name in chosen)
+    if scheme in SCHEMES:
+        _describe(model, recipe, kept)
+    return model
+
+
+def _check_widths(chosen: dict[str, nn.Linear], scheme: str) -> None:
+    group_size = GROUP_SIZES.get(scheme)
+    if group_size is None:
+        return
+    for name, linear in chosen.items():
+        if linear.in_features % group_size:
+            raise ValueError(
+                f"{name} reads {linear.in_features} values, which groups of {group_size} do not divide, so "
+                f"{scheme} cannot hold it; use int8-weight-only or int8-dynamic"
+                + (", or leave the encoder out" if name.startswith("model.vision_tower") else "")
+            )
+    if scheme == "int4-weight-only":
         warnings.warn(
             "int4-weight-only holds each 4-bit value in a byte of its own, since torchao has no packed format that "
             "runs on a CPU and can be saved as safetensors: it is no smaller than int8-weight-only",
-            stacklevel=2,
+            stacklevel=3,
         )
-    recipe = SCHEMES[scheme]()
-    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
-    torchao.quantize_(model, recipe, filter_fn=lambda module, name: name in chosen)
+
+
+def _check_kernels(model: FlashSlothForConditionalGeneration, scheme: str) -> None:
+    devices, saved_scheme = IN_MEMORY_SCHEMES[scheme]
+    if model.device.type not in devices:
+        raise ValueError(
+            f"{scheme} has kernels for {' and '.join(devices)} only; use {saved_scheme} on {model.device}"
+        )
+    if scheme == "int4-packed" and model.dtype != torch.bfloat16:
+        raise ValueError(
+            f"int4-packed multiplies in bfloat16, but the model is in {str(model.dtype).removeprefix('torch.')}; load "
+            "it with dtype bfloat16 (--dtype bfloat16)"
+        )
+
+
+def _describe(model: FlashSlothForConditionalGeneration, recipe: Any, kept: list[str]) -> None:
+    """Record in the configuration how the model was quantized, so that its folder loads."""
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
     config = TorchAoConfig(recipe, modules_to_not_convert=kept)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    return model
 
 
 def quantize_folder(
@@ -126,6 +199,11 @@ def quantize_folder(
     Raises:
         ValueError, OSError, ImportError: as in `quantize_` and `inference.load`; a destination in use.
     """
+    if scheme in IN_MEMORY_SCHEMES:
+        raise ValueError(
+            f"{scheme} is laid out for the kernels of one machine and cannot be saved; write "
+            f"{IN_MEMORY_SCHEMES[scheme][1]}, or use {scheme} in memory (flashsloth ask --quantize {scheme})"
+        )
     _import_torchao()
     source = hub.resolve(name)
     check_destination(source, destination, overwrite)

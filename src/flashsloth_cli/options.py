@@ -22,16 +22,29 @@ Dtype = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Longest answer, in tokens; default: the model's own.", show_default=False, min=1)
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME",
+        help="Quantize in memory: int8-dynamic-cpu, int4-packed, int8-dynamic, int8-weight-only or int4-weight-only.",
+        show_default=False,
+    ),
+]
+ShareEqualViews = Annotated[
+    bool, typer.Option("--share-equal-views", help="Encode views of equal pixels once, such as HD's blank tiles.")
+]
 
 
-def load_session(model: str, device: str, dtype: str) -> FlashSloth:
+def load_session(
+    model: str, device: str, dtype: str, quantization: str | None = None, share_equal_views: bool = False
+) -> FlashSloth:
     """The model, loaded without progress bars."""
     from transformers.utils import logging
 
     from flashsloth.inference import load
 
     logging.disable_progress_bar()
-    return load(model, device=device, dtype=dtype)
+    return load(model, device=device, dtype=dtype, quantization=quantization, share_equal_views=share_equal_views)
 
 
 def milliseconds(seconds: float) -> str:

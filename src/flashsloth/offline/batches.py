@@ -159,11 +159,11 @@ def _answer_rows(session: FlashSloth, batch: PreparedBatch, rows: slice, max_new
     index = batch.image_index[first : first + sum(len(record.images) for record in records)]
     if batch.pixel_values is not None and index:
         used = sorted(set(index))
-        pixels_IVCHW = batch.pixel_values[used].to(session.device, model.dtype)
-        features = model.get_image_features(pixels_IVCHW)
+        features_IPE = session.encode_views(batch.pixel_values[used].to(model.dtype))
+        tokens_IND = model.model.compress(features_IPE)
         order = torch.tensor([used.index(place) for place in index], device=session.device)
         inputs["image_features"] = BaseModelOutputWithPooling(
-            last_hidden_state=features.last_hidden_state[order], pooler_output=features.pooler_output[order]
+            last_hidden_state=features_IPE[order], pooler_output=tokens_IND[order]
         )
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

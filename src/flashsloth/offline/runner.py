@@ -29,6 +29,7 @@ class RunSettings:
         workers: processes that decode and resize images ahead of the model; 0 does it in between.
         max_new_tokens: longest answer; default that of the model.
         retry_errors: ask again what failed in an earlier run.
+        quantization, share_equal_views: as in `flashsloth.inference.load`.
         ray_workers: model copies on the Ray cluster (`RAY_ADDRESS`, else one started here); 0 does without Ray.
     """
 
@@ -40,6 +41,18 @@ class RunSettings:
     max_new_tokens: int | None = None
     retry_errors: bool = False
     ray_workers: int = 0
+    quantization: str | None = None
+    share_equal_views: bool = False
+
+    def load(self) -> FlashSloth:
+        """The model, as these settings say."""
+        return load(
+            self.model,
+            self.device,
+            self.dtype,
+            quantization=self.quantization,
+            share_equal_views=self.share_equal_views,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,12 @@ def run_records(
         ValueError: an output begun with other settings; a bad model, device or dtype.
         OSError: the disk is full; what was written stays and the run can be continued.
     """
-    decisive = {"model": settings.model, "dtype": settings.dtype, "max_new_tokens": settings.max_new_tokens}
+    decisive = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_new_tokens": settings.max_new_tokens,
+        "quantization": settings.quantization,
+    }
     with AnswerFile(output, decisive) as answers:
         if settings.retry_errors and answers.errors:
             answers.forget_errors()
@@ -99,7 +117,7 @@ def _limits(session: FlashSloth, settings: RunSettings) -> tuple[int, int]:
 
 def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lines]:
     """An empty list when the model is loaded, then the lines of each batch."""
-    session = load(settings.model, settings.device, settings.dtype)
+    session = settings.load()
     longest_prompt, new_tokens = _limits(session, settings)
     batches = plan_batches(records, settings.batch_size)
     loader = DataLoader(
@@ -118,7 +136,7 @@ class RayWorker:
     """A copy of the model on the cluster; called by Ray Data with a column of records."""
 
     def __init__(self, settings: RunSettings) -> None:
-        self.session = load(settings.model, settings.device, settings.dtype)
+        self.session = settings.load()
         self.longest_prompt, self.new_tokens = _limits(self.session, settings)
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:

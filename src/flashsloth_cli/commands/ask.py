@@ -25,6 +25,8 @@ def ask(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
+    quantize: options.Quantize = None,
+    share_equal_views: options.ShareEqualViews = False,
 ) -> None:
     """Ask a question about one or several images.
 
@@ -35,6 +37,7 @@ def ask(
       flashsloth ask photo.jpg "What is in the picture?"
       flashsloth ask chart.png "Which bar is the highest?" --stream
       flashsloth ask before.jpg after.jpg "What changed?" --model Tongbo/FlashSloth-3.2B
+      flashsloth ask photo.jpg "What is it?" --dtype bfloat16 --quantize int8-dynamic-cpu
       flashsloth ask https://example.com/sign.jpg "What does the sign say?" --json
     """
     if stream and as_json:
@@ -43,7 +46,7 @@ def ask(
         raise ValueError("the question is empty")
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file; add a "QUESTION"')
-    session = options.load_session(model, device, dtype)
+    session = options.load_session(model, device, dtype, quantize, share_equal_views)
     write = sys.stdout.write
     answer = session.ask(images, question, max_new_tokens=max_new_tokens, on_text=_write_now if stream else None)
     if as_json:

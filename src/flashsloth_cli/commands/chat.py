@@ -21,6 +21,8 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
+    quantize: options.Quantize = None,
+    share_equal_views: options.ShareEqualViews = False,
 ) -> None:
     """Talk about an image.
 
@@ -33,7 +35,8 @@ def chat(
       flashsloth chat --model Tongbo/FlashSloth_HD-3.2B receipt.jpg
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    conversation = options.load_session(model, device, dtype).conversation(images)
+    session = options.load_session(model, device, dtype, quantize, share_equal_views)
+    conversation = session.conversation(images)
     conversation.encode()
     console.print("/reset forgets the turns, /quit leaves", style="dim")
     while True:

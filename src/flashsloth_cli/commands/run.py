@@ -28,6 +28,8 @@ def run(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
+    quantize: options.Quantize = None,
+    share_equal_views: options.ShareEqualViews = False,
     batch_size: Annotated[int, typer.Option(help="Records asked at once.", min=1)] = 32,
     workers: Annotated[int, typer.Option(help="Processes that decode images ahead of the model.", min=0)] = 1,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed before.")] = False,
@@ -58,7 +60,18 @@ def run(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     transformers_logging.disable_progress_bar()
     records = read_records(data, question)
-    settings = RunSettings(model, device, dtype, batch_size, workers, max_new_tokens, retry_errors, ray)
+    settings = RunSettings(
+        model=model,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        max_new_tokens=max_new_tokens,
+        retry_errors=retry_errors,
+        ray_workers=ray,
+        quantization=quantize,
+        share_equal_views=share_equal_views,
+    )
     columns = (
         TextColumn("asking"),
         BarColumn(),
