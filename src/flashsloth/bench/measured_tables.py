@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 from .models import MODELS
 from .results import Measurement, Results
@@ -15,17 +16,20 @@ SHARES = ("encode", "prefill", "decode_per_token")
 
 
 def label(measurement: Measurement) -> str:
-    """Model and whatever is not the default."""
+    """Model and whatever is not the default. A model that is not known here, of another version, keeps its name."""
     settings = measurement.settings
-    entry = (STOCK if settings.assembly == "stock" else MODELS)[settings.model]
+    entry = (STOCK if settings.assembly == "stock" else MODELS).get(settings.model)
     extras = [
+        "stock parts" if entry is None and settings.assembly == "stock" else None,
         settings.attention if settings.attention != "sdpa" else None,
         "compiled" if settings.compile else None,
         settings.quantization,
+        None if settings.weights is None else f"weights of {Path(settings.weights).name}",
         "other load" if measurement.under_load else None,
     ]
     found = ", ".join(extra for extra in extras if extra)
-    return entry.title + (f" ({found})" if found else "")
+    title = settings.model if entry is None else entry.title
+    return title + (f" ({found})" if found else "")
 
 
 def _milliseconds(seconds: float | None) -> str:
