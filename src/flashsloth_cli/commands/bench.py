@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .bench_report import bench_report
 from .bench_run import bench_run
 from .bench_train import train
 
@@ -15,6 +16,7 @@ DEFAULT_SIZES = "384x384,768x768,1024x768,1344x1344"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 app.command("run")(bench_run)
+app.command("report")(bench_report)
 app.command("train")(train)
 
 
@@ -24,6 +26,7 @@ def bench() -> None:
 
     [bold]tokens[/bold] counts by arithmetic: seconds, on any machine, no weights, no download.
     [bold]run[/bold] measures: minutes, with random weights in memory, no download.
+    [bold]report[/bold] draws what was measured, and says where FlashSloth loses.
     [bold]train[/bold] times an optimiser step with compression and without.
     """
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from 1 on, separated by commas."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -94,9 +95,9 @@ def bench_run(
     wanted = settings_of(
         names,
         parse_sizes(sizes),
-        _numbers(images, "--images"),
-        _numbers(batch, "--batch"),
-        _numbers(output_tokens, "--output-tokens"),
+        numbers(images, "--images"),
+        numbers(batch, "--batch"),
+        numbers(output_tokens, "--output-tokens"),
         dtypes,
         folders,
         text_tokens=text_tokens,
