@@ -36,6 +36,8 @@ def commands():
 def samples(tmp_path, monkeypatch):
     for path in (ASSETS / "samples").glob("*.jpg"):
         shutil.copy(path, tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "efficiency-cpu.json", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
