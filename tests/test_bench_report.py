@@ -321,7 +321,11 @@ def test_a_grid_end_to_end(grid: Path, tmp_path: Path):
     assert measured_slope == 1.0 and 0.8 < expected < 1.0  # text and query tokens do not grow with the images
     assert "first token sooner at 384x384, not at 768x768" in page
     assert "was not timed here" not in page
-    assert page.count("<details>") == page.count("</details>") == 2
+    assert page.count("<details>") == page.count("</details>") == 3
+    lost = section(page, "Where FlashSloth loses")
+    assert "first token at 4 of 8 (down to 0.50x)" in lost and "time a token at 8 of 8 (down to 0.50x)" in lost
+    # 3 + 0.1 n catches 1 + 0.2 n at n = 21, eight times as much at n = 161
+    assert "long answers, from 21 tokens on at the earliest and 161 at the latest" in lost
 
 
 def test_a_file_in_which_nothing_is_lost_says_so(tmp_path: Path):

@@ -109,6 +109,31 @@ def in_words(loss: Loss) -> str:
     return "; ".join(parts)
 
 
+def tally(found: Sequence[Loss], settings: int) -> str:
+    """One line about the losses to one rival: at how many of the settings, and by how much at most.
+
+    Args:
+        settings: at which both were measured.
+    """
+    lowest: dict[str, float] = {}
+    at: dict[str, set[Condition]] = {}
+    for loss in found:
+        for pair in loss.pairs:
+            lowest[pair.metric] = min(pair.ratio, lowest.get(pair.metric, math.inf))
+            at.setdefault(pair.metric, set()).add(loss.condition)
+    parts = [
+        f"{name} at {len(at[metric])} of {settings} (down to {ratio_text(lowest[metric])}x)"
+        for metric, name in METRICS.items()
+        if metric in at
+    ]
+    crossed = [math.ceil(crossing.tokens) for loss in found for crossing in loss.crossovers]
+    if crossed:
+        parts.append(
+            f"long answers, from {min(crossed):,} tokens on at the earliest and {max(crossed):,} at the latest"
+        )
+    return "; ".join(parts)
+
+
 def crossover_lines(cases: Sequence[Case], baseline: Case) -> list[str]:
     """One sentence a rival about where total times cross, for cases under one condition."""
     lines = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .comparison import TIMES, Case, Condition, Group, Pair, Variant, crossovers, is_rival, pairs, spread
-from .losses import in_words, losses, quantity, ratio_text, sizes_won_and_lost
+from .losses import in_words, losses, quantity, ratio_text, sizes_won_and_lost, tally
 from .results import Measurement
 from .scaling import AXES, Series
 from .tables import GIGA, MEBI, TERA, TableData
@@ -290,11 +290,17 @@ def loss_section(
     else:
         parts.append(
             f"Everything measured of which a rival needs less, as ratio to {title}: "
-            f"{_count(found, compared)}. What is not listed it does not need less of."
+            f"{_count(found, compared)}. What is not listed was won, a tie, or not measured for both."
         )
     for variant in dict.fromkeys(loss.rival for loss in found):
-        lines = [f"{_capital(loss.condition)}: {in_words(loss)}." for loss in found if loss.rival == variant]
-        parts.append(f"**{variant.title}**\n\n{bullets(lines)}")
+        mine = [loss for loss in found if loss.rival == variant]
+        settings = sum(case.variant == variant for case in compared)
+        lines = bullets([f"{_capital(loss.condition)}: {in_words(loss)}." for loss in mine])
+        if settings > 1:
+            lines = (
+                f"{tally(mine, settings)}.\n\n<details><summary>Setting by setting</summary>\n\n{lines}\n\n</details>"
+            )
+        parts.append(f"**{variant.title}**\n\n{lines}")
     parts += _image_sizes(cases, baseline, small)
     unbeaten = [v.title for v in dict.fromkeys(c.variant for c in compared) if v not in {loss.rival for loss in found}]
     if found and unbeaten:

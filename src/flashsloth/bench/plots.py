@@ -28,6 +28,7 @@ _COLORS = (
 )  # fmt: skip
 _WIDTH = 9.0
 _LABEL = 8.5
+_FINE = tuple(1 + 0.5 * step for step in range(18))  # labels of a short logarithmic axis, in each power of ten
 _BENDS = 40  # pieces of a curve
 _COLUMNS = 3  # of a legend below a plot
 
@@ -312,7 +313,8 @@ def _log_y(axes: Any) -> None:
     """A logarithmic axis with plain numbers on it, also where it spans less than a power of ten."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high / low > 4 else tuple(1 + 0.5 * step for step in range(18))
+    span = high / low
+    subs = (1.0, 2.0, 5.0) if span > 12 else (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if span > 3 else _FINE
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.6g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

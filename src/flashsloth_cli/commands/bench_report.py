@@ -20,17 +20,17 @@ def bench_report(
 ) -> None:
     """Draw what `bench run` measured, and say where FlashSloth wins and where it loses.
 
-    Writes report.md and PNGs: time to the first token by stage and by image size,
-    total time against output length with the lengths at which a rival catches up,
-    visual tokens against time, memory, and how all that grows with images, batch and
-    output length. What a file lacks is named, not drawn.
+    Writes report.md and PNGs: time to the first token by stage and by image
+    size, total time against output length with the lengths at which a rival
+    catches up, visual tokens against time, memory, and how time and memory grow
+    with images, batch and output length. What a file lacks is named, not drawn.
 
-    Several files are several runs: what was measured on different machines, with
-    different dtypes or by different versions of the code is never compared.
+    Several files are several runs: other machines, dtypes, threads or versions
+    of the code are shown apart and never compared.
 
     [bold]Examples[/bold]
 
-      flashsloth bench run --sizes 384x384,768x768 --output-tokens 1,64 -o bench.json
+      flashsloth bench run --sizes 384x384,768x768 --output-tokens 1,64
 
       flashsloth bench report bench.json -o report
 
