@@ -16,13 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    BatchFeature,
+    Cache,
+    DynamicCache,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .compilation import enlarge, keep_first, room_for, static_cache
 
 if TYPE_CHECKING:
     from .inference import FlashSloth
 
 DEFAULT_MAX_NEW_TOKENS = 128
+# the first comes with the prompt, the second compiles, CUDA graphs are recorded with those after it
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,12 @@ class Answer:
 
 
 class _Clock(StoppingCriteria):
-    """Notes when the first new token is there; stops generation when asked to."""
+    """Notes when the first new token is there; stops generation when asked to, or after `most_tokens`."""
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
+    def __init__(self, synchronize: Callable[[], None], most_tokens: int | None = None) -> None:
         self.synchronize = synchronize
+        self.most_tokens = most_tokens
+        self.tokens = 0
         self.first_token: float | None = None
         self.stopped = threading.Event()
 
@@ -79,6 +93,9 @@ class _Clock(StoppingCriteria):
         if self.first_token is None:
             self.synchronize()
             self.first_token = time.perf_counter()
+        self.tokens += 1
+        if self.tokens == self.most_tokens:
+            self.stopped.set()
         return torch.full((input_ids.shape[0],), self.stopped.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -105,6 +122,7 @@ class Conversation:
         self._features: BaseModelOutputWithPooling | None = None
         self._cache: Cache | None = None
         self._cached_ids: list[int] = []
+        self._cache_room = 0  # of a static cache
         # A cut inside a turn could part a question from its query tokens: the cache is cut after the last prompt or
         # before the first question.
         self._prompt_length = 0
@@ -152,6 +170,15 @@ class Conversation:
         """Ask the next question; arguments and errors as in `FlashSloth.ask`."""
         return self._ask(question, max_new_tokens, on_text, generation, _Clock(self.session.synchronize))
 
+    @torch.inference_mode()
+    def warm_up(self, max_new_tokens: int | None = None) -> None:
+        """Ask for a few tokens and forget them; see `FlashSloth.warm_up`."""
+        messages = self.messages
+        least = {"min_new_tokens": min(WARM_UP_TOKENS, max_new_tokens or WARM_UP_TOKENS)}
+        clock = _Clock(self.session.synchronize, most_tokens=WARM_UP_TOKENS)
+        self._ask("?", max_new_tokens, None, least, clock)
+        self.messages = messages
+
     def stream(self, question: str, **options: Any) -> AnswerStream:
         """Like `ask`, but returns at once an iterator over pieces of the answer's text."""
         return AnswerStream(self, question, **options)
@@ -176,7 +203,9 @@ class Conversation:
         session.synchronize()
         before = self._image_timings
         timings = replace(before, preprocess=before.preprocess + time.perf_counter() - started)
-        cache, reused = self._take_cache(inputs["input_ids"][0].tolist())
+        cache, reused = self._take_cache(inputs["input_ids"][0].tolist(), prompt_tokens + limit)
+        if session.compile_config is not None:
+            generation = {"compile_config": session.compile_config, **generation}
         streamer = None if on_text is None else _CallbackStreamer(session.processor.tokenizer, on_text)
 
         started = time.perf_counter()
@@ -199,7 +228,7 @@ class Conversation:
         text = session.processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         self._cache = output.past_key_values
-        cached = 0 if self._cache is None else self._cache.get_seq_length()
+        cached = 0 if self._cache is None else int(self._cache.get_seq_length())
         self._cached_ids = output.sequences[0, :cached].tolist()
         self._prompt_length = prompt_tokens
         self._first_question = _first_marked(inputs.get("question_ids"))
@@ -253,11 +282,12 @@ class Conversation:
             return room
         return limit
 
-    def _take_cache(self, ids: Sequence[int]) -> tuple[Cache, int]:
-        """The cache, cut to the tokens it shares with the new prompt, and their number.
+    def _take_cache(self, ids: Sequence[int], tokens: int) -> tuple[Cache, int]:
+        """The cache, cut to what it shares with the new prompt and with room for so many tokens; what it shares.
 
         It is given away: should generation fail half-way, the next turn starts from an empty one.
         """
+        config = self.session.config.text_config
         cache, self._cache = self._cache, None
         pairs = enumerate(zip(self._cached_ids, ids, strict=False))
         # The last token of the prompt has to run to give the first of the answer.
@@ -268,10 +298,25 @@ class Conversation:
         # A sliding window has forgotten what a shorter prefix would need.
         cut = cache is not None and shared < len(self._cached_ids)
         if cache is None or shared == 0 or (cut and any(cache.is_sliding)):
-            return DynamicCache(config=self.session.config.text_config), 0
+            return self._empty_cache(tokens), 0
+        if not isinstance(cache, StaticCache):
+            if cut:
+                cache.crop(shared - len(self._cached_ids))
+            return cache, shared
+        if tokens > self._cache_room and any(cache.is_sliding):
+            return self._empty_cache(tokens), 0
         if cut:
-            cache.crop(shared - len(self._cached_ids))
+            keep_first(cache, shared)
+        if tokens > self._cache_room:
+            cache, self._cache_room = enlarge(cache, config, tokens), room_for(tokens)
         return cache, shared
+
+    def _empty_cache(self, tokens: int) -> Cache:
+        config = self.session.config.text_config
+        if self.session.compile_config is None:
+            return DynamicCache(config=config)
+        self._cache_room = room_for(tokens)
+        return static_cache(config, tokens)
 
 
 def _first_marked(question_ids_BT: Tensor | None) -> int | None:

@@ -9,14 +9,17 @@ Folders are read by `loading`; turns, answers and their times are in `conversati
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 from . import hub
+from .compilation import check_compiler, compile_part, decoding_config, static_cache
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
 from .equal_views import encode_distinct_views
 from .loading import DTYPES, load_model, select_device
@@ -47,6 +50,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantization: str | None = None,
+    compile: bool = False,
     share_equal_views: bool = False,
 ) -> FlashSloth:
     """A model ready to be asked.
@@ -57,11 +61,11 @@ def load(
         device: "auto" (CUDA, MPS, CPU), or a torch device.
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
         quantization: scheme of `quantization.quantize_`, applied in memory, on the device.
-        share_equal_views: as in `FlashSloth`.
+        compile, share_equal_views: as in `FlashSloth`.
 
     Raises:
         ValueError: unknown model, device, dtype or scheme; a checkpoint that does not hold exactly the model's
-            tensors; a model that is quantized already.
+            tensors; a model that is quantized already; compile without a compiler.
         ImportError: quantization without torchao.
     """
     if dtype not in ("auto", *DTYPES):
@@ -72,12 +76,14 @@ def load(
         raise ValueError(f"{folder} has no processor (processor_config.json); was the checkpoint without a tokenizer?")
     if quantization is not None:
         _check_quantization(folder, quantization)
+    if compile:
+        check_compiler(target)
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     model = load_model(folder, wanted).to(target).eval()
     processor = FlashSlothProcessor.from_pretrained(folder)
     if quantization is not None:
         quantize_(model, quantization)
-    return FlashSloth(model, processor, name=os.fspath(name), share_equal_views=share_equal_views)
+    return FlashSloth(model, processor, name=os.fspath(name), compile=compile, share_equal_views=share_equal_views)
 
 
 def _check_quantization(folder: Path, scheme: str) -> None:
@@ -101,7 +107,12 @@ class FlashSloth:
         model: the model, on its device.
         processor: the processor saved beside it.
         name: shown in messages.
+        compile: compile the encoder and every step of an answer, at their first use or by `warm_up`; prompts, whose
+            lengths differ, run as they are. The cache then has a fixed size, 256 tokens at a time.
         share_equal_views: encode views of equal pixels once, such as the blank tiles of padded images.
+
+    Raises:
+        ValueError: compile on a machine without a compiler.
     """
 
     def __init__(
@@ -109,10 +120,15 @@ class FlashSloth:
         model: FlashSlothForConditionalGeneration,
         processor: FlashSlothProcessor,
         name: str = "model",
+        compile: bool = False,
         share_equal_views: bool = False,
     ) -> None:
         self.model, self.processor, self.name = model, processor, name
         self.share_equal_views = share_equal_views
+        self.compile_config: CompileConfig | None = None
+        if compile:
+            compile_part(model.model.vision_tower, model.device, dynamic=None)
+            self.compile_config = decoding_config(model.device)
 
     @property
     def config(self) -> FlashSlothConfig:
@@ -162,6 +178,28 @@ class FlashSloth:
         if self.share_equal_views:
             return encode_distinct_views(self.model.model, pixel_values)
         return self.model.model.encode_views(pixel_values.to(self.device))
+
+    def compile_options(self, cache_tokens: int) -> dict[str, Any]:
+        """Arguments of `generate` that compile decoding: an empty cache for so many tokens; none without `compile`."""
+        if self.compile_config is None:
+            return {}
+        cache = static_cache(self.config.text_config, cache_tokens)
+        return {"past_key_values": cache, "compile_config": self.compile_config}
+
+    @torch.inference_mode()
+    def warm_up(self, images: Any, max_new_tokens: int | None = None) -> float:
+        """Pay what a first question pays, compilation above all; returns its seconds.
+
+        Args:
+            images: as in `ask`; their number decides what is compiled.
+            max_new_tokens: of the questions to come; decides about the size of the first cache.
+
+        Raises:
+            ValueError, OSError: a bad image, before anything is compiled.
+        """
+        started = time.perf_counter()
+        self.conversation(images).warm_up(max_new_tokens)
+        return time.perf_counter() - started
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""

@@ -34,9 +34,23 @@ ShareEqualViews = Annotated[
     bool, typer.Option("--share-equal-views", help="Encode views of equal pixels once, such as HD's blank tiles.")
 ]
 
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the encoder and the steps of an answer: minutes the first time, seconds after it. Equal answers "
+        "but for rounding.",
+    ),
+]
+
 
 def load_session(
-    model: str, device: str, dtype: str, quantization: str | None = None, share_equal_views: bool = False
+    model: str,
+    device: str,
+    dtype: str,
+    quantization: str | None = None,
+    compiled: bool = False,
+    share_equal_views: bool = False,
 ) -> FlashSloth:
     """The model, loaded without progress bars."""
     from transformers.utils import logging
@@ -44,7 +58,22 @@ def load_session(
     from flashsloth.inference import load
 
     logging.disable_progress_bar()
-    return load(model, device=device, dtype=dtype, quantization=quantization, share_equal_views=share_equal_views)
+    return load(
+        model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        compile=compiled,
+        share_equal_views=share_equal_views,
+    )
+
+
+def compile_now(session: FlashSloth, images: list[str], max_new_tokens: int | None) -> None:
+    """Compile before the first question, and say on standard error what it took."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with console.status("compiling, once ..."):
+        seconds = session.warm_up(images, max_new_tokens)
+    console.print(f"compiled, once, in {seconds:.1f} s", style="dim")
 
 
 def milliseconds(seconds: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.initialization import no_init_weights
 
+from flashsloth.compilation import compile_part
 from flashsloth.inference import DTYPES
 from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
 
@@ -202,8 +203,8 @@ class Stages:
         else:
             raise ValueError(f"{case.model} is in the static tier only: its vision side is not run here")
         if case.compile:
-            parts.vision.compile(dynamic=False)
-            parts.language_model.compile(dynamic=False)
+            for part in (parts.vision, parts.language_model):
+                compile_part(part, torch.device(case.device), dynamic=False)
 
     def _prepare_own(self) -> None:
         from PIL import Image

@@ -165,8 +165,10 @@ def _answer_rows(session: FlashSloth, batch: PreparedBatch, rows: slice, max_new
         inputs["image_features"] = BaseModelOutputWithPooling(
             last_hidden_state=features_IPE[order], pooler_output=tokens_IND[order]
         )
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    compiled = session.compile_options(prompt_tokens + max_new_tokens)
+    ids = model.generate(**inputs, **compiled, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = tokenizer.batch_decode(ids[:, prompt_tokens:], skip_special_tokens=True)
     return [
         {"id": record.id, "question": record.question, "answer": text.strip()}
         for record, text in zip(records, texts, strict=True)

@@ -29,7 +29,7 @@ class RunSettings:
         workers: processes that decode and resize images ahead of the model; 0 does it in between.
         max_new_tokens: longest answer; default that of the model.
         retry_errors: ask again what failed in an earlier run.
-        quantization, share_equal_views: as in `flashsloth.inference.load`.
+        quantization, compile, share_equal_views: as in `flashsloth.inference.load`.
         ray_workers: model copies on the Ray cluster (`RAY_ADDRESS`, else one started here); 0 does without Ray.
     """
 
@@ -42,6 +42,7 @@ class RunSettings:
     retry_errors: bool = False
     ray_workers: int = 0
     quantization: str | None = None
+    compile: bool = False
     share_equal_views: bool = False
 
     def load(self) -> FlashSloth:
@@ -51,6 +52,7 @@ class RunSettings:
             self.device,
             self.dtype,
             quantization=self.quantization,
+            compile=self.compile,
             share_equal_views=self.share_equal_views,
         )
 

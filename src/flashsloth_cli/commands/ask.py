@@ -26,6 +26,7 @@ def ask(
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
 ) -> None:
     """Ask a question about one or several images.
@@ -46,7 +47,9 @@ def ask(
         raise ValueError("the question is empty")
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file; add a "QUESTION"')
-    session = options.load_session(model, device, dtype, quantize, share_equal_views)
+    session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
+    if compiled:
+        options.compile_now(session, images, max_new_tokens)
     write = sys.stdout.write
     answer = session.ask(images, question, max_new_tokens=max_new_tokens, on_text=_write_now if stream else None)
     if as_json:

@@ -22,11 +22,13 @@ def chat(
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
 ) -> None:
     """Talk about an image.
 
     The image is encoded once, and each turn runs only what is new since the one before.
+    With --compile too: turns re-use a cache of fixed size, which grows when it is full.
     Type /reset to forget the turns, /quit (or end the input) to leave.
 
     [bold]Examples[/bold]
@@ -35,7 +37,9 @@ def chat(
       flashsloth chat --model Tongbo/FlashSloth_HD-3.2B receipt.jpg
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    session = options.load_session(model, device, dtype, quantize, share_equal_views)
+    session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
+    if compiled:
+        options.compile_now(session, images, max_new_tokens)
     conversation = session.conversation(images)
     conversation.encode()
     console.print("/reset forgets the turns, /quit leaves", style="dim")

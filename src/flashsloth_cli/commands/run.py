@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ def run(
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
     quantize: options.Quantize = None,
+    compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
     batch_size: Annotated[int, typer.Option(help="Records asked at once.", min=1)] = 32,
     workers: Annotated[int, typer.Option(help="Processes that decode images ahead of the model.", min=0)] = 1,
@@ -70,10 +72,11 @@ def run(
         retry_errors=retry_errors,
         ray_workers=ray,
         quantization=quantize,
+        compile=compiled,
         share_equal_views=share_equal_views,
     )
     columns = (
-        TextColumn("asking"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
@@ -82,7 +85,17 @@ def run(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("asking", total=len(records), rate="")
 
+        started, compiling = time.perf_counter(), compiled
+        if compiling:
+            bar.update(task, description="compiling, once")
+
         def show(done: int, _total: int) -> None:
+            nonlocal compiling
+            if compiling:
+                seconds = time.perf_counter() - started
+                console.print(f"loaded, compiled and answered the first batch in {seconds:.1f} s", style="dim")
+                bar.update(task, description="asking")
+                compiling = False
             speed = bar.tasks[task].speed
             bar.update(task, completed=done, rate="" if speed is None else f"{speed:.1f} records/s")
 
