@@ -107,12 +107,12 @@ def test_int8_for_memory_is_close_to_the_layer_it_was_made_from():
     linear = nn.Linear(96, 40).requires_grad_(False)
     values = torch.randn(2, 7, 96)
     values[1, 3] = 0.0  # a row without a largest value
-    found, expected = Int8Linear(linear)(values), linear(values)
+    found, expected = Int8Linear.from_float(linear)(values), linear(values)
     assert found.shape == expected.shape and found.dtype == expected.dtype
     assert (found - expected).norm() < 0.02 * expected.norm()
     torch.testing.assert_close(found[1, 3], linear.bias)
     whole = linear.bfloat16()
-    assert Int8Linear(whole)(values.bfloat16()).dtype == torch.bfloat16
+    assert Int8Linear.from_float(whole)(values.bfloat16()).dtype == torch.bfloat16
 
 
 def test_schemes_for_memory_are_refused_where_they_have_no_kernels(tmp_path):

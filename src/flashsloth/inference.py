@@ -21,6 +21,7 @@ from transformers import CompileConfig
 from . import hub
 from .compilation import check_compiler, compile_part, decoding_config, static_cache
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
+from .cpu_kernels import chosen_kernels, prepare_for_cpu_
 from .equal_views import encode_distinct_views
 from .loading import DTYPES, load_model, select_device
 from .model.configuration_flashsloth import FlashSlothConfig
@@ -52,6 +53,7 @@ def load(
     quantization: str | None = None,
     compile: bool = False,
     share_equal_views: bool = False,
+    kernels: str = "auto",
 ) -> FlashSloth:
     """A model ready to be asked.
 
@@ -62,15 +64,18 @@ def load(
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
         quantization: scheme of `quantization.quantize_`, applied in memory, on the device.
         compile, share_equal_views: as in `FlashSloth`.
+        kernels: "auto" packs large layers for oneDNN on a CPU where nothing is compiled (`cpu_kernels`), after which
+            the model only answers; "torch" leaves it as it is, to be trained or moved.
 
     Raises:
-        ValueError: unknown model, device, dtype or scheme; a checkpoint that does not hold exactly the model's
-            tensors; a model that is quantized already; compile without a compiler.
+        ValueError: unknown model, device, dtype, kernels or scheme; a checkpoint that does not hold exactly the
+            model's tensors; a model that is quantized already; compile without a compiler.
         ImportError: quantization without torchao.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
     target = select_device(device)
+    kernels = chosen_kernels(kernels, target.type, compile)
     folder = hub.resolve(name)
     if not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder} has no processor (processor_config.json); was the checkpoint without a tokenizer?")
@@ -83,6 +88,8 @@ def load(
     processor = FlashSlothProcessor.from_pretrained(folder)
     if quantization is not None:
         quantize_(model, quantization)
+    if kernels == "packed":
+        prepare_for_cpu_(model)
     return FlashSloth(model, processor, name=os.fspath(name), compile=compile, share_equal_views=share_equal_views)
 
 

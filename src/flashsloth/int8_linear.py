@@ -1,4 +1,4 @@
-"""A linear layer with 8-bit weights and activations, multiplied by the integer kernel of CPUs; for memory only.
+"""A linear layer with 8-bit weights and activations, multiplied by the integer kernels of CPUs.
 
 Shape suffixes: B rows (all leading dimensions), K values read, N values written.
 """
@@ -11,44 +11,92 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_INT8 = 127
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
+_CHUNK = 2**18  # numbers rounded at a time
+_ZERO_POINT = 128  # oneDNN multiplies unsigned activations by signed weights
+
+
+def onednn_available() -> bool:
+    """Whether oneDNN multiplies integers here exactly: processors without VNNI add pairs of products in 16 bits."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 class Int8Linear(nn.Module):
     """`nn.Linear` with weights in int8, one scale an output, and activations rounded to int8, one scale a row.
 
-    torch's integer product reads the weights as they are, a byte each; nothing is converted back to floats.
+    The weights are read as they are, a byte each; nothing is converted back to floats.
 
     Args:
-        linear: the layer whose weights are taken, on a CPU.
+        weight_NK: int8.
+        scale_N: float; what one step of each row stands for.
+        bias_N: added at the end.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight_NK = linear.weight.detach()
-        weight_NK, scale_N1 = _round_to_int8(weight_NK)
-        self.weight = nn.Parameter(weight_NK, requires_grad=False)
-        self.scale = nn.Parameter(scale_N1.flatten(), requires_grad=False)
-        self.bias = linear.bias
+        self.out_features, self.in_features = weight_NK.shape
+        self.scale = nn.Parameter(scale_N.detach().float().contiguous(), requires_grad=False)
+        self.bias = None if bias_N is None else nn.Parameter(bias_N.detach(), requires_grad=False)
+        self.packed: Tensor | None = None
+        if onednn_available():
+            # not a buffer: an opaque tensor cannot be moved or cast
+            self.packed = torch.ops.onednn.qlinear_prepack(weight_NK.detach().contiguous(), None)
+            self.register_buffer("zero_points", torch.zeros(self.out_features, dtype=torch.int32), persistent=False)
+        else:
+            self.weight = nn.Parameter(weight_NK.detach(), requires_grad=False)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear) -> Int8Linear:
+        """Quantizes a layer on a CPU."""
+        weight_NK, scale_N1 = _round_to_int8(linear.weight.detach())
+        return cls(weight_NK, scale_N1.flatten(), linear.bias)
+
+    @classmethod
+    def from_torchao(cls, linear: nn.Linear) -> Int8Linear | None:
+        """The same numbers as a layer that torchao quantized to int8-dynamic; None for any other."""
+        weight: Any = linear.weight
+        if getattr(weight, "act_quant_kwargs", None) is None or getattr(weight, "qdata", None) is None:
+            return None
+        if weight.qdata.dtype != torch.int8 or weight.scale.numel() != linear.out_features:
+            return None
+        return cls(weight.qdata, weight.scale.flatten(), linear.bias)
 
     def forward(self, values: Tensor) -> Tensor:
         """(..., K) float to (..., N) of the same dtype."""
-        values_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
-        products_BN = torch._int_mm(values_BK, self.weight.t()) * (scale_B1 * self.scale)
-        result_BN = products_BN.to(values.dtype)
-        if self.bias is not None:
-            result_BN = result_BN + self.bias
+        if self.packed is None:
+            values_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
+            products_BN = torch._int_mm(values_BK, self.weight.t()) * (scale_B1 * self.scale)
+            result = products_BN.to(values.dtype).view(*values.shape[:-1], self.out_features)
+            return result if self.bias is None else result + self.bias
+        dtype = values.dtype if values.dtype in _PRODUCT_DTYPES else torch.float32
+        rounded_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
+        result_BN = torch.ops.onednn.qlinear_pointwise(
+            # the sign bit turned over is the same number above a zero point of 128
+            rounded_BK.view(torch.uint8).bitwise_xor_(_ZERO_POINT), 1.0, _ZERO_POINT, self.packed, self.scale,
+            self.zero_points, None, 1.0, 0, dtype, "none", [], "",
+        ).to(values.dtype)  # fmt: skip
+        scale_B1 = scale_B1.to(values.dtype)
+        if self.bias is None:
+            result_BN.mul_(scale_B1)
+        else:
+            torch.addcmul(self.bias, result_BN, scale_B1, out=result_BN)
         return result_BN.view(*values.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("a model quantized with int8-dynamic-cpu lives in memory only; save int8-dynamic instead")
+        raise ValueError("these int8 layers live in memory only; write a folder with flashsloth quantize instead")
 
 
 def _round_to_int8(values_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Each row as int8 and its scale (B, 1) float32."""
-    largest_B1 = values_BK.abs().amax(dim=-1, keepdim=True).float()
-    scale_B1 = (largest_B1 / LARGEST_INT8).clamp(min=torch.finfo(torch.float32).tiny)
-    return (values_BK / scale_B1).round().to(torch.int8), scale_B1
+    rows, width = values_BK.shape
+    rounded_BK, scale_B1 = torch.empty_like(values_BK, dtype=torch.int8), torch.empty(rows, 1)
+    step = max(1, _CHUNK // max(1, width))
+    for start in range(0, rows, step):  # what lies between stays in the cache of a core
+        part = values_BK[start : start + step].float()
+        scale = part.abs().amax(dim=-1, keepdim=True).div_(LARGEST_INT8).clamp_(min=torch.finfo(torch.float32).tiny)
+        rounded_BK[start : start + step].copy_(part.div(scale).round_())
+        scale_B1[start : start + step] = scale
+    return rounded_BK, scale_B1

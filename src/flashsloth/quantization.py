@@ -126,7 +126,7 @@ def quantize_(
         _check_kernels(model, scheme)
     if scheme == "int8-dynamic-cpu":
         for name, linear in chosen.items():
-            model.set_submodule(name, Int8Linear(linear))
+            model.set_submodule(name, Int8Linear.from_float(linear))
         return model
     torchao = _import_torchao()
     recipe = _int4_packed(model.device) if scheme == "int4-packed" else SCHEMES[scheme]()

@@ -55,8 +55,10 @@ def load_session(
     """The model, loaded without progress bars."""
     from transformers.utils import logging
 
+    from flashsloth.cpu_kernels import keep_freed_memory
     from flashsloth.inference import load
 
+    keep_freed_memory()
     logging.disable_progress_bar()
     return load(
         model,

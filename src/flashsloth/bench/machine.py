@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from flashsloth.cpu_kernels import PackedLinear, supported
 from flashsloth.inference import DTYPES
 
 from .results import Machine, Roofline
@@ -112,6 +113,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    """Ways of multiplying by a weight that this machine has."""
+    ways: list[Callable[[], torch.Tensor]] = [functools.partial(torch.nn.functional.linear, left, right)]
+    if left.device.type == "cpu" and supported(right.dtype):
+        layer = torch.nn.Linear(right.shape[1], right.shape[0], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(right, requires_grad=False)
+        ways.append(functools.partial(PackedLinear(layer).forward, left))
+    return ways
+
+
 def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
     """The best matrix rate over a few shapes of small language models, and the rate of reading a large matrix.
 
@@ -125,13 +136,13 @@ def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
     for shape in MATRIX_SIZES:
         rows, inner, columns = shape
         left, right = (torch.randn(size, inner, device=device).to(kind) for size in (rows, columns))
-        seconds = _best(functools.partial(torch.nn.functional.linear, left, right), device)
+        seconds = min(_best(work, device) for work in _products(left, right))
         found = 2 * rows * inner * columns / seconds
         if found > rate:
             rate, best_shape = found, shape
     # read as a decoder reads its weights, a product of a large matrix and one row; and by a plain sum
     matrix = torch.ones(READ_BYTES // READ_WIDTH // kind.itemsize, READ_WIDTH, device=device, dtype=kind)
     row = torch.ones(1, READ_WIDTH, device=device, dtype=kind)
-    product = _best(functools.partial(torch.nn.functional.linear, row, matrix), device)
+    product = min(_best(work, device) for work in _products(row, matrix))
     total = _best(matrix.view(torch.int32).sum, device)
     return Roofline(device, dtype, threads, rate, READ_BYTES / min(product, total), best_shape)

@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from flashsloth.cpu_kernels import chosen_kernels
+
 from .machine import commit, machine_card, measure_roofline
 from .report import versions
 from .results import Measurement, Results, Roofline, Settings
@@ -58,9 +60,14 @@ def settings_of(
     output_tokens: Sequence[int],
     dtypes: Sequence[str],
     weights: Mapping[str, str],
+    kernels: str = "auto",
     **common: Any,
 ) -> list[Settings]:
-    """All combinations, those of one model together. Names are checked first."""
+    """All combinations, those of one model together. Names are checked first.
+
+    Args:
+        kernels: "auto" is what `inference.load` chooses for our own models, and torch's for all others.
+    """
     found = [
         Settings(
             model=model, width=size[0], height=size[1], images=count, batch=batch, output_tokens=length, dtype=dtype,
@@ -70,9 +77,14 @@ def settings_of(
             models, dtypes, sizes, images, batches, output_tokens
         )
     ]  # fmt: skip
-    for settings in found:
-        entry_of(settings)
-    return found
+    return [dataclasses.replace(settings, kernels=_kernels(settings, kernels)) for settings in found]
+
+
+def _kernels(settings: Settings, kernels: str) -> Any:
+    own = entry_of(settings).origin == "own"
+    if kernels == "packed" and not own:
+        raise ValueError(f"packed kernels are for our own models; {settings.model} ({settings.assembly}) is none")
+    return chosen_kernels(kernels, settings.device, settings.compile) if own else "torch"
 
 
 def measure_in_process(

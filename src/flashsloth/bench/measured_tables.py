@@ -25,6 +25,7 @@ def label(measurement: Measurement) -> str:
         "compiled" if settings.compile else None,
         settings.quantization,
         None if settings.weights is None else f"weights of {Path(settings.weights).name}",
+        "packed" if settings.kernels == "packed" else None,
         "other load" if measurement.under_load else None,
     ]
     found = ", ".join(extra for extra in extras if extra)

@@ -73,6 +73,7 @@ class Settings:
         output_tokens: of the answer, the first included.
         assembly: "own" is the model as shipped; "stock" is a plain transformers assembly of the same parts.
         quantization: name of the scheme, None without.
+        kernels: "packed" as `inference.load` prepares our models for a CPU, "torch" as they are built.
         weights: folder they were read from, None for random ones.
     """
 
@@ -91,6 +92,7 @@ class Settings:
     attention: str = "sdpa"
     compile: bool = False
     quantization: str | None = None
+    kernels: Literal["torch", "packed"] = "torch"
     assembly: Literal["own", "stock"] = "own"
     weights: str | None = None
 

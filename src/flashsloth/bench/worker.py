@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
+from flashsloth.cpu_kernels import PackedLinear, keep_freed_memory, prepare_for_cpu_
 from flashsloth.inference import DTYPES
+from flashsloth.int8_linear import Int8Linear
 from flashsloth.quantization import quantize_
 from flashsloth.study.measure import peak_resident_bytes
 from flashsloth.train.saving import write_whole
@@ -47,7 +49,13 @@ def entry_of(settings: Settings) -> BenchModel:
 
 def held_bytes(modules: list[torch.nn.Module]) -> int:
     """Bytes of the weights below the modules as they are held, each once."""
-    seen = {parameter for module in modules for parameter in module.parameters()}
+    seen: set[Any] = {parameter for module in modules for parameter in module.parameters()}
+    seen.update(
+        layer.packed
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, (PackedLinear, Int8Linear)) and layer.packed is not None
+    )
     # a quantised tensor is made of several plain ones
     return sum(plain.numel() * plain.element_size() for parameter in seen for plain in _plain(parameter))
 
@@ -123,6 +131,9 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
             part.set_attn_implementation(settings.attention)
     if settings.quantization is not None:
         quantize_(model, settings.quantization)
+    if settings.kernels == "packed":
+        prepare_for_cpu_(model)
+        keep_freed_memory()
     parts = entry.dissect(model)
     stages = Stages(entry, model, settings)
     before = _peak(settings.device)

@@ -34,6 +34,9 @@ def bench_run(
     quantization: Annotated[
         str | None, typer.Option(help="A scheme of `flashsloth quantize`, for our own models.", show_default=False)
     ] = None,
+    kernels: Annotated[
+        str, typer.Option(help="auto, torch or packed: of our own models on a CPU, as in flashsloth ask.")
+    ] = "auto",
     stock: Annotated[
         bool, typer.Option("--stock", help="Measure plain assemblies of transformers' parts instead.")
     ] = False,
@@ -100,6 +103,7 @@ def bench_run(
         numbers(output_tokens, "--output-tokens"),
         dtypes,
         folders,
+        kernels,
         text_tokens=text_tokens,
         attention=attention,
         compile=compiled,

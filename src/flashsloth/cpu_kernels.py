@@ -1,0 +1,196 @@
+"""Linear layers and attention that are quick on x86 processors, for a model that only answers.
+
+    prepare_for_cpu_(model)
+
+- `PackedLinear` keeps a weight in the blocked layout of oneDNN instead of bringing it there at every call: the same
+  products in the same precision.
+- `Int8Linear` takes the place of layers that torchao quantized to int8-dynamic, whose own kernels on a CPU are slower
+  than bfloat16: the same numbers, by oneDNN.
+- `matmul_attention` replaces PyTorch's fused attention in 16-bit encoders, where two matrix products are quicker.
+
+Shape suffixes: B rows, H heads, T positions, W width of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .int8_linear import Int8Linear
+from .model.backbones import decoder_layers
+from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
+
+KERNELS = ("auto", "torch", "packed")
+MATMUL_ATTENTION = "matmul"
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
+_SMALLEST_WEIGHT = 2**19  # numbers; below that a call costs more than the layout saves
+
+
+def chosen_kernels(kernels: str, device: str, compiled: bool = False) -> str:
+    """What "auto", "torch" or "packed" means on a device: "torch" or "packed".
+
+    Raises:
+        ValueError: an unknown name, or packed layers where they cannot be used.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"unknown kernels {kernels!r}; use {', '.join(KERNELS)}")
+    usable = device == "cpu" and not compiled and torch.backends.mkldnn.is_available()
+    if kernels == "auto":
+        return "packed" if usable else "torch"
+    if kernels == "packed" and not usable:
+        raise ValueError("packed kernels need a CPU build of torch with oneDNN, a model on the CPU, and no compiling")
+    return kernels
+
+
+def supported(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for this dtype on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
+    """Give a model on a CPU quick layers, in place, where this processor has them.
+
+    The model answers and can be saved as before; it can no longer be trained, moved or copied.
+
+    Args:
+        model: as loaded, or quantized by `quantization.quantize_`.
+
+    Returns:
+        number of layers replaced.
+    """
+    replaced = 0
+    linears = _linears(model)
+    while linears:  # emptied on the way, so that each weight is let go when its packed form is there
+        owner, name, linear = linears.pop()
+        layer = _quick_form(linear)
+        if layer is not None:
+            setattr(owner, name, layer)
+            replaced += 1
+    tower = model.model.vision_tower
+    if replaced and model.dtype in HALF_DTYPES and tower.config._attn_implementation == "sdpa":
+        tower.set_attn_implementation(MATMUL_ATTENTION)
+    return replaced
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep memory that is freed, for this whole process: new pages cost more than what fills them.
+
+    It is left alone where the environment sets it.
+
+    Returns:
+        whether it was done.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
+        return False
+    library = ctypes.CDLL(None)
+    return all([library.mallopt(parameter, size) for parameter, size in _MALLOC_SETTINGS])
+
+
+def _quick_form(linear: nn.Linear) -> nn.Module | None:
+    weight = linear.weight
+    if type(weight.data) is not Tensor:
+        return Int8Linear.from_torchao(linear)
+    return PackedLinear(linear) if weight.numel() >= _SMALLEST_WEIGHT and supported(weight.dtype) else None
+
+
+def _linears(model: FlashSlothForConditionalGeneration) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(owner, attribute, layer) of the linear layers of encoder, decoder and head."""
+    parts: list[nn.Module] = [*decoder_layers(model.model.language_model), model.model.vision_tower]
+    # A multi-head attention reads the weight of its out_proj itself, past the module's forward.
+    owners = [module for part in parts for module in part.modules() if not isinstance(module, nn.MultiheadAttention)]
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        owners.append(model)
+    return [
+        (owner, name, child) for owner in owners for name, child in owner.named_children() if type(child) is nn.Linear
+    ]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in oneDNN's blocked layout.
+
+    Args:
+        linear: on a CPU, in a dtype that is `supported`; it must not be used afterwards.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # not a buffer: an opaque tensor cannot be moved or cast
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy in the ordinary layout, (out_features, in_features)."""
+        return self.packed.to_dense()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features).
+
+        Raises:
+            RuntimeError: a gradient is wanted.
+        """
+        if inputs.requires_grad and torch.is_grad_enabled():
+            _refuse_gradient()
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _refuse_gradient() -> NoReturn:
+    raise RuntimeError("this model was packed for answering and cannot be trained; load it with kernels='torch'")
+
+
+def matmul_attention(
+    module: nn.Module,
+    query_BHTW: Tensor,
+    key_BHTW: Tensor,
+    value_BHTW: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of an encoder by two matrix products and a softmax, in the dtype of its inputs.
+
+    PyTorch's fused kernel takes over where there is a mask, dropout, a gradient or shared key heads.
+
+    Returns:
+        (B, T, H, W), and None for the weights.
+    """
+    plain = attention_mask is None and not dropout and not getattr(module, "is_causal", False)
+    if not plain or query_BHTW.requires_grad or query_BHTW.shape != key_BHTW.shape or kwargs.get("is_causal"):
+        return sdpa_attention_forward(
+            module, query_BHTW, key_BHTW, value_BHTW, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    rows, heads, positions, width = query_BHTW.shape
+    query, key, value = (tensor.reshape(-1, positions, width) for tensor in (query_BHTW, key_BHTW, value_BHTW))
+    scores = torch.bmm(query * (width**-0.5 if scaling is None else scaling), key.transpose(1, 2))
+    mixed_BHTW = torch.bmm(functional.softmax(scores, dim=-1), value).view(rows, heads, positions, width)
+    return mixed_BHTW.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(MATMUL_ATTENTION, matmul_attention)
+AttentionMaskInterface.register(MATMUL_ATTENTION, sdpa_mask)
