@@ -14,6 +14,7 @@ Shape suffixes: B rows, H heads, T positions, W width of a head.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import GELUActivation, GELUTanh
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -29,9 +31,12 @@ from .int8_linear import Int8Linear
 from .model.backbones import decoder_layers
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 
+log = logging.getLogger(__name__)
+
 KERNELS = ("auto", "torch", "packed")
 MATMUL_ATTENTION = "matmul"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+_GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
 _SMALLEST_WEIGHT = 2**19  # numbers; below that a call costs more than the layout saves
@@ -83,6 +88,8 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
         if layer is not None:
             setattr(owner, name, layer)
             replaced += 1
+    fused = [module for module in model.modules() if _fuse_activation(module)]
+    log.debug("%d layers packed for oneDNN, %d of them with their activation", replaced, len(fused))
     tower = model.model.vision_tower
     if replaced and model.dtype in HALF_DTYPES and tower.config._attn_implementation == "sdpa":
         tower.set_attn_implementation(MATMUL_ATTENTION)
@@ -100,7 +107,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
         return False
     library = ctypes.CDLL(None)
-    return all([library.mallopt(parameter, size) for parameter, size in _MALLOC_SETTINGS])
+    return all(library.mallopt(parameter, size) for parameter, size in _MALLOC_SETTINGS)
 
 
 def _quick_form(linear: nn.Linear) -> nn.Module | None:
@@ -122,6 +129,20 @@ def _linears(model: FlashSlothForConditionalGeneration) -> list[tuple[nn.Module,
     ]
 
 
+def _fuse_activation(module: nn.Module) -> bool:
+    """Let the first layer of a two-layer perceptron apply the GELU that follows it."""
+    children = dict(module.named_children())
+    first, activation = children.get("fc1"), children.get("activation_fn")
+    if set(children) != {"fc1", "activation_fn", "fc2"} or not isinstance(first, PackedLinear):
+        return False
+    approximate = next((form for kind, form in _GELUS.items() if type(activation) is kind), None)
+    if approximate is None:
+        return False
+    first.activation = ("gelu", [], approximate)
+    module.activation_fn = nn.Identity()
+    return True
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies in oneDNN's blocked layout.
 
@@ -135,6 +156,7 @@ class PackedLinear(nn.Module):
         # not a buffer: an opaque tensor cannot be moved or cast
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.activation: tuple[str, list[float | None], str] = ("none", [], "")  # name, numbers, form
 
     @property
     def weight(self) -> Tensor:
@@ -149,14 +171,15 @@ class PackedLinear(nn.Module):
         """
         if inputs.requires_grad and torch.is_grad_enabled():
             _refuse_gradient()
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, *self.activation)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return shape + (f", activation={self.activation[0]}" if self.activation[0] != "none" else "")
 
 
 def _refuse_gradient() -> NoReturn:

@@ -125,7 +125,8 @@ def quantize_(
     if scheme in IN_MEMORY_SCHEMES:
         _check_kernels(model, scheme)
     if scheme == "int8-dynamic-cpu":
-        for name, linear in chosen.items():
+        while chosen:  # emptied on the way, so that each float weight is let go
+            name, linear = chosen.popitem()
             model.set_submodule(name, Int8Linear.from_float(linear))
         return model
     torchao = _import_torchao()

@@ -1,0 +1,153 @@
+"""Layers packed for oneDNN compute what the ordinary ones do, and the model can still be saved."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flashsloth import FlashSlothForConditionalGeneration, cpu_kernels
+from flashsloth.cpu_kernels import PackedLinear, chosen_kernels, keep_freed_memory, matmul_attention, prepare_for_cpu_
+from flashsloth.inference import load
+from flashsloth.int8_linear import Int8Linear
+from flashsloth.quantization import quantize_
+from tiny_models import DECODERS, ENCODERS, build_rows, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def small_layers_count(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 0)
+
+
+@torch.inference_mode()
+def logits_of(model):
+    return model(**build_rows(model.config, [[(1, 4, 3)], [(2, 3, 5)]])).logits
+
+
+@pytest.mark.parametrize(
+    ("decoder", "encoder"), [(name, "siglip") for name in DECODERS] + [("phi", name) for name in ENCODERS]
+)
+def test_a_packed_model_computes_the_same(decoder, encoder):
+    model = tiny_model(decoder, encoder)
+    expected = logits_of(model)
+    replaced = prepare_for_cpu_(model)
+    assert replaced == sum(isinstance(module, PackedLinear) for module in model.modules()) > 20
+    assert not any(type(module) is nn.Linear for module in model.model.language_model.modules())
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_activation_of_a_perceptron_is_fused_and_matters():
+    model = tiny_model("phi", "siglip")
+    expected = logits_of(model)
+    prepare_for_cpu_(model)
+    fused = [
+        module for module in model.modules() if isinstance(module, PackedLinear) and module.activation[0] != "none"
+    ]
+    layers = model.config.text_config.num_hidden_layers + len(model.model.vision_tower.encoder.layers)
+    assert len(fused) == layers
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    fused[0].activation = ("none", [], "")
+    assert (logits_of(model) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(not cpu_kernels.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
+def test_a_packed_bfloat16_model_is_as_close_to_float32_as_before():
+    exact = logits_of(tiny_model())
+    before = (logits_of(tiny_model().bfloat16()) - exact).abs().mean()
+    model = tiny_model().bfloat16()
+    prepare_for_cpu_(model)
+    assert model.model.vision_tower.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert (logits_of(model) - exact).abs().mean() < 1.5 * before
+
+
+def test_a_packed_model_is_saved_as_it_was_loaded(tmp_path):
+    model = tiny_model()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prepare_for_cpu_(model)
+    assert set(model.state_dict()) == set(expected)
+    model.save_pretrained(tmp_path)
+    found = FlashSlothForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_small_layers_and_shared_heads_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 2**40)
+    assert prepare_for_cpu_(tiny_model()) == 0
+    monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 0)
+    model = tiny_model("qwen2")
+    prepare_for_cpu_(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_packed_layer_refuses_to_be_trained():
+    layer = PackedLinear(nn.Linear(8, 4))
+    values = torch.randn(2, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="cannot be trained; load it with kernels='torch'"):
+        layer(values)
+    with torch.no_grad():
+        assert layer(values).shape == (2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_products_is_attention(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 7, 8).to(dtype) for _ in range(3))
+    module = nn.Module()
+    expected = functional.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=0.3)
+    found, weights = matmul_attention(module, query, key, value, None, scaling=0.3)
+    assert weights is None and found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    mask[:, :, :, 5:] = False
+    masked, _ = matmul_attention(module, query, key, value, mask, scaling=0.3)
+    shorter, _ = matmul_attention(module, query, key, value[:, :, :7], mask, scaling=0.3)
+    assert torch.equal(masked, shorter)
+    assert (masked - found).abs().max() > 0.05
+
+
+def test_int8_layers_of_torchao_keep_their_numbers():
+    pytest.importorskip("torchao")
+    model = tiny_model()
+    quantize_(model, "int8-dynamic")
+    expected = logits_of(model)
+    prepare_for_cpu_(model)
+    assert any(isinstance(module, Int8Linear) for module in model.model.vision_tower.modules())
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
+def test_both_integer_products_give_the_same(monkeypatch):
+    torch.manual_seed(0)
+    linear, values = nn.Linear(96, 40).requires_grad_(False), torch.randn(3, 5, 96)
+    by_onednn = Int8Linear.from_float(linear)
+    monkeypatch.setattr("flashsloth.int8_linear.onednn_available", lambda: False)
+    by_torch = Int8Linear.from_float(linear)
+    assert by_onednn.packed is not None and by_torch.packed is None
+    torch.testing.assert_close(by_onednn(values), by_torch(values), rtol=1e-5, atol=1e-5)
+    assert by_onednn(values.half()).dtype == torch.float16
+
+
+def test_a_session_is_packed_on_a_cpu_unless_told_otherwise():
+    packed, plain = load("nano"), load("nano", kernels="torch")
+    assert any(isinstance(module, PackedLinear) for module in packed.model.modules())
+    assert not any(isinstance(module, PackedLinear) for module in plain.model.modules())
+    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    answers = [session.ask(picture, "what is it?", max_new_tokens=6).text for session in (packed, plain)]
+    assert answers[0] == answers[1]
+
+
+def test_kernels_are_chosen_by_device_and_refused_by_name():
+    assert chosen_kernels("auto", "cpu") == "packed"
+    assert chosen_kernels("auto", "cuda") == chosen_kernels("auto", "cpu", compiled=True) == "torch"
+    with pytest.raises(ValueError, match="unknown kernels 'fast'; use auto, torch, packed"):
+        load("nano", kernels="fast")
+    with pytest.raises(ValueError, match="packed kernels need"):
+        chosen_kernels("packed", "cuda")
+
+
+def test_settings_of_malloc_in_the_environment_are_left_alone(monkeypatch):
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert not keep_freed_memory()
