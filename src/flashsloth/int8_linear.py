@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGEST_INT8 = 127
+SMALLEST_INT8, LARGEST_INT8 = -128, 127
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 _CHUNK = 2**18  # numbers rounded at a time
 _ZERO_POINT = 128  # oneDNN multiplies unsigned activations by signed weights
@@ -90,13 +90,14 @@ class Int8Linear(nn.Module):
 
 
 def _round_to_int8(values_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as int8 and its scale (B, 1) float32."""
+    """Each row as int8 and its scale (B, 1) float32, rounded as torchao's symmetric int8 is."""
+    half = (LARGEST_INT8 - SMALLEST_INT8) / 2
     rows, width = values_BK.shape
     rounded_BK, scale_B1 = torch.empty_like(values_BK, dtype=torch.int8), torch.empty(rows, 1)
     step = max(1, _CHUNK // max(1, width))
     for start in range(0, rows, step):  # what lies between stays in the cache of a core
         part = values_BK[start : start + step].float()
-        scale = part.abs().amax(dim=-1, keepdim=True).div_(LARGEST_INT8).clamp_(min=torch.finfo(torch.float32).tiny)
-        rounded_BK[start : start + step].copy_(part.div(scale).round_())
+        scale = part.abs().amax(dim=-1, keepdim=True).div_(half).clamp_(min=torch.finfo(torch.float32).tiny)
+        rounded_BK[start : start + step].copy_(part.div(scale).round_().clamp_(SMALLEST_INT8, LARGEST_INT8))
         scale_B1[start : start + step] = scale
     return rounded_BK, scale_B1
