@@ -110,16 +110,27 @@ def test_attention_by_products_is_attention(dtype):
 
 def test_int8_layers_of_torchao_keep_their_numbers():
     pytest.importorskip("torchao")
-    exact = logits_of(tiny_model())
     model = quantize_(tiny_model(), "int8-dynamic")
-    linear = model.model.language_model.layers[0].self_attn.q_proj
-    values = torch.randn(3, linear.in_features)
-    torch.testing.assert_close(Int8Linear.from_torchao(linear)(values), linear(values), rtol=1e-5, atol=1e-5)
-    expected = logits_of(model)
+    compared = 0
+
+    def compare(linear, inputs, expected):
+        nonlocal compared
+        torch.testing.assert_close(Int8Linear.from_torchao(linear)(*inputs), expected, rtol=1e-4, atol=1e-5)
+        compared += 1
+
+    # layer by layer: a last bit of the input may turn the rounding of a row's largest value over
+    handles = [
+        module.register_forward_hook(compare)
+        for module in model.modules()
+        if type(module) is nn.Linear and hasattr(module.weight, "qdata")
+    ]
+    exact = logits_of(model)
+    for handle in handles:
+        handle.remove()
+    assert compared == len(handles) > 20
     prepare_for_cpu_(model)
     assert not any(type(module) is nn.Linear for module in model.model.vision_tower.modules())
-    # a value between two steps may fall to the other side
-    assert (logits_of(model) - expected).abs().mean() < 0.5 * (expected - exact).abs().mean()
+    assert (logits_of(model) - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")

@@ -98,6 +98,6 @@ def _round_to_int8(values_BK: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, rows, step):  # what lies between stays in the cache of a core
         part = values_BK[start : start + step].float()
         scale = part.abs().amax(dim=-1, keepdim=True).div_(half).clamp_(min=torch.finfo(torch.float32).tiny)
-        rounded_BK[start : start + step].copy_(part.div(scale).round_().clamp_(SMALLEST_INT8, LARGEST_INT8))
+        rounded_BK[start : start + step].copy_(part.mul(1.0 / scale).round_().clamp_(SMALLEST_INT8, LARGEST_INT8))
         scale_B1[start : start + step] = scale
     return rounded_BK, scale_B1
