@@ -56,6 +56,8 @@ def test_a_compiled_session_gives_the_same_answers(quick_compiler: None, tmp_pat
     session = load(folder, device="cpu", compile=True)
     assert session.warm_up(noise_image(), NEW_TOKENS) > 0
     assert everything_asked(session) == expected
+    stream = session.stream(noise_image(), QUESTIONS[0], max_new_tokens=NEW_TOKENS)  # from another thread
+    assert "".join(stream).strip() == expected[0][0]
 
 
 def test_decoding_runs_one_graph_however_long_the_prompt(quick_compiler: None, tmp_path: Path) -> None:

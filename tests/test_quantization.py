@@ -97,7 +97,7 @@ def test_schemes_for_memory_compute_nearly_the_same_and_cannot_be_saved(tmp_path
     assert 0 < difference < 2 * (logits_of(like) - exact).abs().mean()
     with pytest.raises(ValueError, match="quantized already"):
         quantize_(model, "int8-weight-only")
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+    with pytest.raises(ValueError, match=f"{scheme} .* cannot be saved; write"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 

@@ -124,6 +124,7 @@ def quantize_(
     _check_widths(chosen, scheme)
     if scheme in IN_MEMORY_SCHEMES:
         _check_kernels(model, scheme)
+        model.register_state_dict_pre_hook(_refuse_to_save(scheme))
     if scheme == "int8-dynamic-cpu":
         while chosen:  # emptied on the way, so that each float weight is let go
             name, linear = chosen.popitem()
@@ -170,6 +171,21 @@ def _check_kernels(model: FlashSlothForConditionalGeneration, scheme: str) -> No
         )
 
 
+def _why_not_saved(scheme: str) -> str:
+    instead = IN_MEMORY_SCHEMES[scheme][1]
+    return (
+        f"{scheme} is laid out for the kernels of one machine and cannot be saved; write {instead}, or use {scheme} "
+        f"in memory (flashsloth ask --quantize {scheme})"
+    )
+
+
+def _refuse_to_save(scheme: str) -> Callable[..., None]:
+    def refuse(*_: Any) -> None:
+        raise ValueError(_why_not_saved(scheme))
+
+    return refuse
+
+
 def _describe(model: FlashSlothForConditionalGeneration, recipe: Any, kept: list[str]) -> None:
     """Record in the configuration how the model was quantized, so that its folder loads."""
     from transformers import TorchAoConfig
@@ -201,10 +217,7 @@ def quantize_folder(
         ValueError, OSError, ImportError: as in `quantize_` and `inference.load`; a destination in use.
     """
     if scheme in IN_MEMORY_SCHEMES:
-        raise ValueError(
-            f"{scheme} is laid out for the kernels of one machine and cannot be saved; write "
-            f"{IN_MEMORY_SCHEMES[scheme][1]}, or use {scheme} in memory (flashsloth ask --quantize {scheme})"
-        )
+        raise ValueError(_why_not_saved(scheme))
     _import_torchao()
     source = hub.resolve(name)
     check_destination(source, destination, overwrite)
