@@ -26,8 +26,6 @@ from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
 
 INT4_GROUP_SIZE = 32
-# the CPU kernel of packed values is four times slower with groups of 32
-INT4_PACKED_GROUP_SIZE = 64
 
 
 def _int8_dynamic() -> Any:
@@ -55,11 +53,11 @@ def _int4_packed(device: torch.device) -> Any:
     if device.type == "cpu":
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 
-        return PrototypeInt4WeightOnlyConfig(group_size=INT4_PACKED_GROUP_SIZE, set_inductor_config=False)
+        return PrototypeInt4WeightOnlyConfig(group_size=INT4_GROUP_SIZE, set_inductor_config=False)
     from torchao.quantization import Int4WeightOnlyConfig
 
     return Int4WeightOnlyConfig(
-        group_size=INT4_PACKED_GROUP_SIZE, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        group_size=INT4_GROUP_SIZE, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
     )
 
 
@@ -82,7 +80,7 @@ ENCODER_BY_DEFAULT = {
     "int8-dynamic-cpu": True,
     "int4-packed": False,
 }
-GROUP_SIZES = {"int4-weight-only": INT4_GROUP_SIZE, "int4-packed": INT4_PACKED_GROUP_SIZE}
+GROUP_SIZES = {"int4-weight-only": INT4_GROUP_SIZE, "int4-packed": INT4_GROUP_SIZE}
 
 
 def is_quantized(model: nn.Module) -> bool:
