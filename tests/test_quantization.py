@@ -138,7 +138,7 @@ def test_packed_int4_runs_on_a_gpu():
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic-cpu", "int8-dynamic"])
 def test_a_scheme_is_applied_while_loading(scheme):
-    session = load("nano", device="cpu", quantization=scheme)
+    session = load("nano", device="cpu", quantization=scheme, kernels="torch")
     expected = quantize_(load_model(quantization.hub.resolve("nano"), "float32"), scheme)
     assert quantized_names(session.model) == quantized_names(expected) != set()
     picture = torch.full((3, 32, 32), 90, dtype=torch.uint8)
