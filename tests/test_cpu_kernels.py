@@ -58,7 +58,7 @@ def test_a_packed_bfloat16_model_is_as_close_to_float32_as_before():
     model = tiny_model().bfloat16()
     prepare_for_cpu_(model)
     assert model.model.vision_tower.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
-    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert model.model.language_model.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
     assert (logits_of(model) - exact).abs().mean() < 1.5 * before
 
 
@@ -95,11 +95,19 @@ def test_attention_by_products_is_attention(dtype):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, 7, 8).to(dtype) for _ in range(3))
     module = nn.Module()
+    module.is_causal = False
     expected = functional.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=0.3)
     found, weights = matmul_attention(module, query, key, value, None, scaling=0.3)
     assert weights is None and found.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.float(), expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
+    causal, _ = matmul_attention(nn.Module(), query, key, value, None, scaling=0.3)
+    expected = functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), scale=0.3, is_causal=True
+    )
+    torch.testing.assert_close(causal.float(), expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
+    last, _ = matmul_attention(nn.Module(), query[:, :, 6:], key, value, None, scaling=0.3)
+    torch.testing.assert_close(last.float(), expected.transpose(1, 2)[:, 6:], rtol=tolerance, atol=tolerance)
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
     mask[:, :, :, 5:] = False
     masked, _ = matmul_attention(module, query, key, value, mask, scaling=0.3)

@@ -6,7 +6,7 @@
   products in the same precision.
 - `Int8Linear` takes the place of layers that torchao quantized to int8-dynamic, whose own kernels on a CPU are slower
   than bfloat16: the same numbers, by oneDNN.
-- `matmul_attention` replaces PyTorch's fused attention in 16-bit encoders, where two matrix products are quicker.
+- `matmul_attention` replaces PyTorch's fused attention in 16-bit models, where two matrix products are quicker.
 
 Shape suffixes: B rows, H heads, T positions, W width of a head.
 """
@@ -37,6 +37,7 @@ KERNELS = ("auto", "torch", "packed")
 MATMUL_ATTENTION = "matmul"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
+_SCORES = 2**21  # numbers between two products; more of them leave the cache
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
 _SMALLEST_WEIGHT = 2**19  # numbers; below that a call costs more than the layout saves
@@ -90,9 +91,9 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
             replaced += 1
     fused = [module for module in model.modules() if _fuse_activation(module)]
     log.debug("%d layers packed for oneDNN, %d of them with their activation", replaced, len(fused))
-    tower = model.model.vision_tower
-    if replaced and model.dtype in HALF_DTYPES and tower.config._attn_implementation == "sdpa":
-        tower.set_attn_implementation(MATMUL_ATTENTION)
+    for part in (model.model.vision_tower, model.model.language_model):
+        if replaced and model.dtype in HALF_DTYPES and part.config._attn_implementation == "sdpa":
+            part.set_attn_implementation(MATMUL_ATTENTION)
     return replaced
 
 
@@ -196,22 +197,31 @@ def matmul_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of an encoder by two matrix products and a softmax, in the dtype of its inputs.
+    """Attention by two matrix products and a softmax, in the dtype of its inputs; causal as transformers' sdpa is.
 
-    PyTorch's fused kernel takes over where there is a mask, dropout, a gradient or shared key heads.
+    PyTorch's fused kernel takes over where there is a mask, dropout, a gradient, a cache in use or shared key heads.
 
     Returns:
         (B, T, H, W), and None for the weights.
     """
-    plain = attention_mask is None and not dropout and not getattr(module, "is_causal", False)
-    if not plain or query_BHTW.requires_grad or query_BHTW.shape != key_BHTW.shape or kwargs.get("is_causal"):
+    if attention_mask is not None or dropout or query_BHTW.requires_grad or query_BHTW.shape != key_BHTW.shape:
         return sdpa_attention_forward(
             module, query_BHTW, key_BHTW, value_BHTW, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     rows, heads, positions, width = query_BHTW.shape
     query, key, value = (tensor.reshape(-1, positions, width) for tensor in (query_BHTW, key_BHTW, value_BHTW))
-    scores = torch.bmm(query * (width**-0.5 if scaling is None else scaling), key.transpose(1, 2))
-    mixed_BHTW = torch.bmm(functional.softmax(scores, dim=-1), value).view(rows, heads, positions, width)
+    query = query * (width**-0.5 if scaling is None else scaling)
+    causal = kwargs.get("is_causal")
+    ahead = query.new_zeros(1, 1)
+    if positions > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        ahead = query.new_full((positions, positions), float("-inf")).triu_(1)
+    mixed = torch.empty_like(value, memory_format=torch.contiguous_format)
+    step = max(1, _SCORES // positions**2)
+    for start in range(0, rows * heads, step):
+        some = slice(start, start + step)
+        scores = torch.baddbmm(ahead, query[some], key[some].transpose(1, 2))
+        torch.bmm(functional.softmax(scores, dim=-1), value[some], out=mixed[some])
+    mixed_BHTW = mixed.view(rows, heads, positions, width)
     return mixed_BHTW.transpose(1, 2).contiguous(), None
 
 

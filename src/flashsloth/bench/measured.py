@@ -18,10 +18,10 @@ from pydantic import TypeAdapter
 
 from flashsloth.cpu_kernels import chosen_kernels
 
-from .machine import commit, machine_card, measure_roofline
+from .machine import LARGEST_OTHER_LOAD, commit, machine_card, measure_roofline, other_load, read_load
 from .report import versions
 from .results import Measurement, Results, Roofline, Settings
-from .worker import entry_of
+from .worker import MOST_DISCARDED, entry_of
 
 
 def open_results(path: Path, device: str, threads: int) -> Results:
@@ -43,12 +43,28 @@ def open_results(path: Path, device: str, threads: int) -> Results:
     return results
 
 
-def with_roofline(results: Results, dtype: str, device: str, threads: int) -> tuple[Results, Roofline]:
-    """Results with the roofline of a dtype, measured if they lack it."""
+def with_roofline(
+    results: Results, dtype: str, device: str, threads: int, allow_load: bool = False
+) -> tuple[Results, Roofline]:
+    """Results with the roofline of a dtype, measured if they lack it.
+
+    Raises:
+        ValueError: the machine is in use by others.
+    """
     for roofline in results.rooflines:
         if (roofline.device, roofline.dtype, roofline.threads) == (device, dtype, threads):
             return results, roofline
-    roofline = measure_roofline(dtype, device, threads)
+    for _ in range(MOST_DISCARDED):
+        before = read_load()
+        roofline = measure_roofline(dtype, device, threads)
+        load = other_load(before, read_load())
+        if load <= LARGEST_OTHER_LOAD or allow_load:
+            break
+    else:
+        raise ValueError(
+            f"other processes took {load:.0%} of the CPU while the machine's own rates were measured; stop them, or "
+            "measure all the same with --allow-load"
+        )
     return dataclasses.replace(results, rooflines=[*results.rooflines, roofline]), roofline
 
 
@@ -119,7 +135,7 @@ def run_all(
     for settings in wanted:
         known = results.find(settings)
         if known is None:
-            results, roofline = with_roofline(results, settings.dtype, settings.device, settings.threads)
+            results, roofline = with_roofline(results, settings.dtype, settings.device, settings.threads, allow_load)
             measurement = measure_in_process(settings, roofline, repetitions, warm_up, allow_load)
             results = results.with_measurements([measurement])
             results.save(path)
