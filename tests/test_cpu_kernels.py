@@ -142,6 +142,31 @@ def test_int8_layers_of_torchao_keep_their_numbers():
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
+@torch.inference_mode()
+def test_layers_that_read_the_same_round_it_once(monkeypatch):
+    model = quantize_(tiny_model(), "int8-dynamic-cpu")
+    attention = model.model.language_model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    values, others = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    expected = [(layer(values), layer(others)) for layer in layers]
+    before = logits_of(model)
+    prepare_for_cpu_(model)
+    assert torch.equal(logits_of(model), before)
+    shared = layers[0].shared
+    assert shared is not None and attention.dense.shared is None
+    calls, rounding = [], Int8Linear.round
+    monkeypatch.setattr(Int8Linear, "round", lambda layer, inputs: calls.append(inputs) or rounding(layer, inputs))
+    for order in ((0, 1, 2), (2, 0, 1)):
+        for index in order:
+            assert torch.equal(layers[index](values), expected[index][0])
+        assert shared._last is None
+    assert len(calls) == 2
+    # an input in between is never answered with the rounding of another
+    for index, which in ((0, 0), (1, 1), (2, 0), (1, 0), (0, 1), (0, 1)):
+        assert torch.equal(layers[index]((values, others)[which]), expected[index][which])
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
 def test_both_integer_products_give_the_same(monkeypatch):
     torch.manual_seed(0)
     linear, values = nn.Linear(96, 40).requires_grad_(False), torch.randn(3, 5, 96)

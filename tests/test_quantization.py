@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers.activations import GELUTanh
 
 from flashsloth import FlashSlothForConditionalGeneration, quantization
 from flashsloth.inference import load, load_model
@@ -113,6 +114,13 @@ def test_int8_for_memory_is_close_to_the_layer_it_was_made_from():
     torch.testing.assert_close(found[1, 3], linear.bias)
     whole = linear.bfloat16()
     assert Int8Linear.from_float(whole)(values.bfloat16()).dtype == torch.bfloat16
+
+
+def test_int8_for_memory_computes_the_exact_gelu_in_16_bits_only():
+    for dtype, exact in ((torch.float32, False), (torch.bfloat16, True)):
+        model = quantize_(tiny_model("phi").to(dtype), "int8-dynamic-cpu")
+        kinds = {type(module) for module in model.model.language_model.modules() if "GELU" in type(module).__name__}
+        assert kinds == {nn.GELU if exact else GELUTanh}
 
 
 def test_schemes_for_memory_are_refused_where_they_have_no_kernels(tmp_path):

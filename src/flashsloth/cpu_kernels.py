@@ -27,13 +27,15 @@ from transformers.activations import GELUActivation, GELUTanh
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .int8_linear import Int8Linear
+from .int8_linear import Int8Linear, SharedRounding
 from .model.backbones import decoder_layers
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 
 log = logging.getLogger(__name__)
 
 KERNELS = ("auto", "torch", "packed")
+# layers that read the same tensor, by the names transformers gives them
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MATMUL_ATTENTION = "matmul"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
@@ -91,6 +93,12 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
             replaced += 1
     fused = [module for module in model.modules() if _fuse_activation(module)]
     log.debug("%d layers packed for oneDNN, %d of them with their activation", replaced, len(fused))
+    for module in model.modules():
+        for names in SIBLINGS:
+            found = [getattr(module, name, None) for name in names]
+            layers = [layer for layer in found if isinstance(layer, Int8Linear) and layer.packed is not None]
+            if len(layers) == len(names):
+                SharedRounding(layers)
     for part in (model.model.vision_tower, model.model.language_model):
         if replaced and model.dtype in HALF_DTYPES and part.config._attn_implementation == "sdpa":
             part.set_attn_implementation(MATMUL_ATTENTION)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 SMALLEST_INT8, LARGEST_INT8 = -128, 127
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
-_CHUNK = 2**18  # numbers rounded at a time
+_CHUNK = 2**22  # numbers rounded at a time
 _ZERO_POINT = 128  # oneDNN multiplies unsigned activations by signed weights
 
 
@@ -37,6 +37,7 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight_NK.shape
         self.scale = nn.Parameter(scale_N.detach().float().contiguous(), requires_grad=False)
         self.bias = None if bias_N is None else nn.Parameter(bias_N.detach(), requires_grad=False)
+        self.shared: SharedRounding | None = None
         self.packed: Tensor | None = None
         if onednn_available():
             # not a buffer: an opaque tensor cannot be moved or cast
@@ -69,10 +70,9 @@ class Int8Linear(nn.Module):
             result = products_BN.to(values.dtype).view(*values.shape[:-1], self.out_features)
             return result if self.bias is None else result + self.bias
         dtype = values.dtype if values.dtype in _PRODUCT_DTYPES else torch.float32
-        rounded_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
+        rounded_BK, scale_B1 = self.round(values) if self.shared is None else self.shared.take(self, values)
         result_BN = torch.ops.onednn.qlinear_pointwise(
-            # the sign bit turned over is the same number above a zero point of 128
-            rounded_BK.view(torch.uint8).bitwise_xor_(_ZERO_POINT), 1.0, _ZERO_POINT, self.packed, self.scale,
+            rounded_BK, 1.0, _ZERO_POINT, self.packed, self.scale,
             self.zero_points, None, 1.0, 0, dtype, "none", [], "",
         ).to(values.dtype)  # fmt: skip
         scale_B1 = scale_B1.to(values.dtype)
@@ -82,11 +82,44 @@ class Int8Linear(nn.Module):
             torch.addcmul(self.bias, result_BN, scale_B1, out=result_BN)
         return result_BN.view(*values.shape[:-1], self.out_features)
 
+    def round(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs as (B, K) uint8 above the zero point, and scales (B, 1)."""
+        rounded_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
+        # the sign bit turned over is the same number above a zero point of 128
+        return rounded_BK.view(torch.uint8).bitwise_xor_(_ZERO_POINT), scale_B1
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("these int8 layers live in memory only; write a folder with flashsloth quantize instead")
+
+
+class SharedRounding:
+    """Rounds a tensor once for several layers that are given the same one, one after the other.
+
+    Nothing may write into the tensor in between.
+
+    Args:
+        layers: those that share it, of one width.
+    """
+
+    def __init__(self, layers: list[Int8Linear]) -> None:
+        self._all = {id(layer) for layer in layers}
+        # one attribute, so that threads that share a model never mix inputs: tensor, its rounding, who waits for it
+        self._last: tuple[Tensor, tuple[Tensor, Tensor], set[int]] | None = None
+        for layer in layers:
+            layer.shared = self
+
+    def take(self, layer: Int8Linear, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer would round the tensor to."""
+        last = self._last
+        if last is None or last[0] is not values or id(layer) not in last[2]:
+            last = self._last = (values, layer.round(values), set(self._all))
+        last[2].discard(id(layer))
+        if not last[2]:
+            self._last = None  # nothing is held longer than it is needed
+        return last[1]
 
 
 def _round_to_int8(values_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +128,7 @@ def _round_to_int8(values_BK: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = values_BK.shape
     rounded_BK, scale_B1 = torch.empty_like(values_BK, dtype=torch.int8), torch.empty(rows, 1)
     step = max(1, _CHUNK // max(1, width))
-    for start in range(0, rows, step):  # what lies between stays in the cache of a core
+    for start in range(0, rows, step):
         part = values_BK[start : start + step].float()
         scale = part.abs().amax(dim=-1, keepdim=True).div_(half).clamp_(min=torch.finfo(torch.float32).tiny)
         rounded_BK[start : start + step].copy_(part.mul(1.0 / scale).round_().clamp_(SMALLEST_INT8, LARGEST_INT8))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import GELUTanh
 
 from . import hub
 from .int8_linear import Int8Linear
@@ -103,7 +104,8 @@ def quantize_(
         model: with floating-point weights, on the device where it will run.
         scheme: of torchao, for `save_pretrained` too: "int8-dynamic" (activations and weights), "int8-weight-only",
             "int4-weight-only". For memory only: "int8-dynamic-cpu" (the arithmetic of "int8-dynamic" by the integer
-            kernel of CPUs), "int4-packed" (two weights a byte; bfloat16, CPU or CUDA).
+            kernel of CPUs; in 16 bits with the exact GELU where a model has its tanh form), "int4-packed" (two weights
+            a byte; bfloat16, CPU or CUDA).
         encoder: quantize the vision encoder too; default only where activations are quantized.
 
     Returns:
@@ -127,6 +129,8 @@ def quantize_(
         while chosen:  # emptied on the way, so that each float weight is let go
             name, linear = chosen.popitem()
             model.set_submodule(name, Int8Linear.from_float(linear))
+        if model.dtype.itemsize == 2:
+            _use_exact_gelu(model)
         return model
     torchao = _import_torchao()
     recipe = _int4_packed(model.device) if scheme == "int4-packed" else SCHEMES[scheme]()
@@ -238,6 +242,19 @@ def _chosen_layers(model: FlashSlothForConditionalGeneration, encoder: bool) -> 
     unsafe = {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
     wanted = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)} - unsafe
     return {name: module for name, module in model.named_modules() if id(module) in wanted}
+
+
+def _use_exact_gelu(model: FlashSlothForConditionalGeneration) -> None:
+    """GELU by the error function instead of its tanh form in encoder and decoder.
+
+    They differ by 0.0005 at most, a small part of a step of int8, and torch computes the exact one four times faster
+    in 16 bits on a CPU.
+    """
+    for part in (model.model.vision_tower, model.model.language_model):
+        for owner in list(part.modules()):
+            for name, child in owner.named_children():
+                if isinstance(child, GELUTanh):
+                    setattr(owner, name, nn.GELU())
 
 
 def _import_torchao() -> Any:
