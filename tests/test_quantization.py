@@ -1,5 +1,6 @@
 """Quantized models: what is quantized, the way through a folder, and what is refused."""
 
+import copy
 import io
 import json
 
@@ -12,7 +13,15 @@ from transformers.activations import GELUTanh
 from flashsloth import FlashSlothForConditionalGeneration, quantization
 from flashsloth.inference import load, load_model
 from flashsloth.int8_linear import Int8Linear
-from flashsloth.quantization import ALL_SCHEMES, IN_MEMORY_SCHEMES, SCHEMES, is_quantized, quantize_, quantize_folder
+from flashsloth.quantization import (
+    ALL_SCHEMES,
+    IN_MEMORY_SCHEMES,
+    PACKED_INT4,
+    SCHEMES,
+    is_quantized,
+    quantize_,
+    quantize_folder,
+)
 from flashsloth_cli.main import main
 from tiny_models import ENCODERS, build_rows, tiny_model
 
@@ -43,12 +52,12 @@ def logits_of(model: FlashSlothForConditionalGeneration) -> torch.Tensor:
 
 
 def dtype_of(scheme: str) -> torch.dtype:
-    return torch.bfloat16 if scheme == "int4-packed" else torch.float32
+    return torch.bfloat16 if scheme in PACKED_INT4 else torch.float32
 
 
 def quantized_names(model: nn.Module) -> set[str]:
     return {
-        name
+        name.removesuffix(".prompt").removesuffix(".token")  # the two forms of one layer
         for name, module in model.named_modules()
         if isinstance(module, Int8Linear)
         or (isinstance(module, nn.Linear) and type(module.weight.data) is not torch.Tensor)
@@ -81,7 +90,11 @@ def test_the_encoder_is_quantized_by_default_only_with_its_activations():
     for scheme in ALL_SCHEMES:
         names = quantized_names(quantize_(model_of_even_widths().to(dtype_of(scheme)), scheme))
         in_encoder[scheme] = any(name.startswith("model.vision_tower.") for name in names)
-    assert {scheme for scheme, quantized in in_encoder.items() if quantized} == {"int8-dynamic", "int8-dynamic-cpu"}
+    assert {scheme for scheme, quantized in in_encoder.items() if quantized} == {
+        "int8-dynamic",
+        "int8-dynamic-cpu",
+        "int8-int4-cpu",
+    }
 
 
 @pytest.mark.parametrize("scheme", IN_MEMORY_SCHEMES)
@@ -121,6 +134,18 @@ def test_int8_for_memory_computes_the_exact_gelu_in_16_bits_only():
         model = quantize_(tiny_model("phi").to(dtype), "int8-dynamic-cpu")
         kinds = {type(module) for module in model.model.language_model.modules() if "GELU" in type(module).__name__}
         assert kinds == {nn.GELU if exact else GELUTanh}
+
+
+def test_prompts_take_int8_and_single_steps_int4_whatever_the_batch():
+    model = model_of_even_widths().bfloat16()
+    mixed = quantize_(copy.deepcopy(model), "int8-int4-cpu").model.language_model.layers[0].mlp.up_proj
+    int8 = quantize_(copy.deepcopy(model), "int8-dynamic-cpu").model.language_model.layers[0].mlp.up_proj
+    int4 = quantize_(copy.deepcopy(model), "int4-packed").model.language_model.layers[0].mlp.up_proj
+    values = torch.randn(3, 5, mixed.in_features).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(mixed(values), int8(values)) and torch.equal(mixed(values[:1]), int8(values[:1]))
+        assert torch.equal(mixed(values[:, :1]), int4(values[:, :1]))
+        assert torch.equal(mixed(values[:1, :1]), int4(values[:1, :1]))
 
 
 def test_schemes_for_memory_are_refused_where_they_have_no_kernels(tmp_path):

@@ -27,7 +27,7 @@ from transformers.activations import GELUActivation, GELUTanh
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .int8_linear import Int8Linear, SharedRounding
+from .int8_linear import Int8Linear, PromptAndTokenLinear, SharedRounding
 from .model.backbones import decoder_layers
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 
@@ -96,6 +96,7 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
     for module in model.modules():
         for names in SIBLINGS:
             found = [getattr(module, name, None) for name in names]
+            found = [layer.prompt if isinstance(layer, PromptAndTokenLinear) else layer for layer in found]
             layers = [layer for layer in found if isinstance(layer, Int8Linear) and layer.packed is not None]
             if len(layers) == len(names):
                 SharedRounding(layers)

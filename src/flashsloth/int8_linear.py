@@ -1,6 +1,6 @@
 """A linear layer with 8-bit weights and activations, multiplied by the integer kernels of CPUs.
 
-Shape suffixes: B rows (all leading dimensions), K values read, N values written.
+Shape suffixes: B rows (all leading dimensions), T positions, K values read, N values written.
 """
 
 from __future__ import annotations
@@ -93,6 +93,26 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("these int8 layers live in memory only; write a folder with flashsloth quantize instead")
+
+
+class PromptAndTokenLinear(nn.Module):
+    """One layer in two forms: int8 products where prompts make the time, fewer bits where reading weights does.
+
+    Which is used depends on the positions of a row alone, never on how many rows there are.
+
+    Args:
+        prompt: for several positions at a time.
+        token: for one, a step of an answer.
+    """
+
+    def __init__(self, prompt: Int8Linear, token: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = prompt.in_features, prompt.out_features
+        self.prompt, self.token = prompt, token
+
+    def forward(self, values_BTK: Tensor) -> Tensor:
+        """(B, T, K) float to (B, T, N) of the same dtype."""
+        return self.token(values_BTK) if values_BTK.shape[-2] == 1 else self.prompt(values_BTK)
 
 
 class SharedRounding:

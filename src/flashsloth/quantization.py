@@ -19,7 +19,7 @@ from torch import nn
 from transformers.activations import GELUTanh
 
 from . import hub
-from .int8_linear import Int8Linear
+from .int8_linear import Int8Linear, PromptAndTokenLinear
 from .loading import load_model
 from .model.backbones import decoder_layers
 from .model.checkpoint_folder import check_destination, size_of, write_folder
@@ -71,6 +71,7 @@ SCHEMES: dict[str, Callable[[], Any]] = {
 # laid out as the kernels of a machine read them, so they are never written -> (devices, what to write instead)
 IN_MEMORY_SCHEMES: dict[str, tuple[tuple[str, ...], str]] = {
     "int8-dynamic-cpu": (("cpu",), "int8-dynamic"),
+    "int8-int4-cpu": (("cpu",), "int8-dynamic"),
     "int4-packed": (("cpu", "cuda"), "int4-weight-only"),
 }
 ALL_SCHEMES = (*SCHEMES, *IN_MEMORY_SCHEMES)
@@ -79,9 +80,12 @@ ENCODER_BY_DEFAULT = {
     "int8-weight-only": False,
     "int4-weight-only": False,
     "int8-dynamic-cpu": True,
+    "int8-int4-cpu": True,
     "int4-packed": False,
 }
-GROUP_SIZES = {"int4-weight-only": INT4_GROUP_SIZE, "int4-packed": INT4_GROUP_SIZE}
+GROUP_SIZES = dict.fromkeys(("int4-weight-only", "int4-packed", "int8-int4-cpu"), INT4_GROUP_SIZE)
+PACKED_INT4 = ("int4-packed", "int8-int4-cpu")
+_ENCODER = "model.vision_tower"
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -104,8 +108,9 @@ def quantize_(
         model: with floating-point weights, on the device where it will run.
         scheme: of torchao, for `save_pretrained` too: "int8-dynamic" (activations and weights), "int8-weight-only",
             "int4-weight-only". For memory only: "int8-dynamic-cpu" (the arithmetic of "int8-dynamic" by the integer
-            kernel of CPUs; in 16 bits with the exact GELU where a model has its tanh form), "int4-packed" (two weights
-            a byte; bfloat16, CPU or CUDA).
+            kernel of CPUs; in 16 bits with the exact GELU where a model has its tanh form), "int8-int4-cpu" (that
+            for prompts, and for the steps of an answer "int4-packed"), "int4-packed" (two weights a byte; bfloat16,
+            CPU or CUDA).
         encoder: quantize the vision encoder too; default only where activations are quantized.
 
     Returns:
@@ -125,10 +130,13 @@ def quantize_(
     if scheme in IN_MEMORY_SCHEMES:
         _check_kernels(model, scheme)
         model.register_state_dict_pre_hook(_refuse_to_save(scheme))
-    if scheme == "int8-dynamic-cpu":
+    if scheme in ("int8-dynamic-cpu", "int8-int4-cpu"):
         while chosen:  # emptied on the way, so that each float weight is let go
             name, linear = chosen.popitem()
-            model.set_submodule(name, Int8Linear.from_float(linear))
+            layer: nn.Module = Int8Linear.from_float(linear)
+            if scheme == "int8-int4-cpu" and not name.startswith(_ENCODER):
+                layer = PromptAndTokenLinear(layer, _pack_int4(linear))
+            model.set_submodule(name, layer)
         if model.dtype.itemsize == 2:
             _use_exact_gelu(model)
         return model
@@ -146,11 +154,13 @@ def _check_widths(chosen: dict[str, nn.Linear], scheme: str) -> None:
     if group_size is None:
         return
     for name, linear in chosen.items():
+        if scheme == "int8-int4-cpu" and name.startswith(_ENCODER):
+            continue
         if linear.in_features % group_size:
             raise ValueError(
                 f"{name} reads {linear.in_features} values, which groups of {group_size} do not divide, so "
                 f"{scheme} cannot hold it; use int8-weight-only or int8-dynamic"
-                + (", or leave the encoder out" if name.startswith("model.vision_tower") else "")
+                + (", or leave the encoder out" if name.startswith(_ENCODER) else "")
             )
     if scheme == "int4-weight-only":
         warnings.warn(
@@ -166,9 +176,9 @@ def _check_kernels(model: FlashSlothForConditionalGeneration, scheme: str) -> No
         raise ValueError(
             f"{scheme} has kernels for {' and '.join(devices)} only; use {saved_scheme} on {model.device}"
         )
-    if scheme == "int4-packed" and model.dtype != torch.bfloat16:
+    if scheme in PACKED_INT4 and model.dtype != torch.bfloat16:
         raise ValueError(
-            f"int4-packed multiplies in bfloat16, but the model is in {str(model.dtype).removeprefix('torch.')}; load "
+            f"{scheme} multiplies in bfloat16, but the model is in {str(model.dtype).removeprefix('torch.')}; load "
             "it with dtype bfloat16 (--dtype bfloat16)"
         )
 
@@ -242,6 +252,13 @@ def _chosen_layers(model: FlashSlothForConditionalGeneration, encoder: bool) -> 
     unsafe = {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
     wanted = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)} - unsafe
     return {name: module for name, module in model.named_modules() if id(module) in wanted}
+
+
+def _pack_int4(linear: nn.Linear) -> nn.Linear:
+    """The layer with two weights a byte, for the kernel of CPUs."""
+    holder = nn.Sequential(linear)
+    _import_torchao().quantize_(holder, _int4_packed(linear.weight.device))
+    return holder[0]
 
 
 def _use_exact_gelu(model: FlashSlothForConditionalGeneration) -> None:

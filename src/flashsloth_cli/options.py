@@ -26,7 +26,8 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="SCHEME",
-        help="Quantize in memory: int8-dynamic-cpu, int4-packed, int8-dynamic, int8-weight-only or int4-weight-only.",
+        help="Quantize in memory: int8-dynamic-cpu, int8-int4-cpu, int4-packed, int8-dynamic, int8-weight-only or "
+        "int4-weight-only.",
         show_default=False,
     ),
 ]

@@ -27,6 +27,7 @@ LARGEST_OTHER_LOAD = 0.1  # share of the CPU that other processes may take durin
 MATRIX_SIZES = ((512, 2560, 10240), (1024, 2048, 8192), (2048, 2048, 2048))
 READ_BYTES, READ_WIDTH = 2**29, 4096
 _ROUNDS = 5
+_PASSES = 4  # over all shapes: a slow second must not decide
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
 
 
@@ -133,7 +134,7 @@ def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
         torch.set_num_threads(threads)
     kind = DTYPES[dtype]
     rate, best_shape = 0.0, MATRIX_SIZES[0]
-    for shape in MATRIX_SIZES:
+    for shape in MATRIX_SIZES * _PASSES:
         rows, inner, columns = shape
         left, right = (torch.randn(size, inner, device=device).to(kind) for size in (rows, columns))
         seconds = min(_best(work, device) for work in _products(left, right))

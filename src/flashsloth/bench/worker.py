@@ -16,7 +16,7 @@ from transformers import logging as transformers_logging
 
 from flashsloth.cpu_kernels import PackedLinear, keep_freed_memory, prepare_for_cpu_
 from flashsloth.inference import DTYPES
-from flashsloth.int8_linear import Int8Linear
+from flashsloth.int8_linear import Int8Linear, PromptAndTokenLinear
 from flashsloth.quantization import quantize_
 from flashsloth.study.measure import peak_resident_bytes
 from flashsloth.train.saving import write_whole
@@ -161,7 +161,9 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
         if stage != "compress"
     }
     if "decode_per_token" in found:
-        read = held_bytes([*parts.layers, parts.head]) + cache
+        layers = [layer for part in parts.layers for layer in part.modules()]
+        idle = held_bytes([layer.prompt for layer in layers if isinstance(layer, PromptAndTokenLinear)])
+        read = held_bytes([*parts.layers, parts.head]) - idle + cache
         shares["decode_per_token"] = read / found["decode_per_token"].median / roofline.bandwidth_bytes_per_second
     return Measurement(
         settings=settings,
