@@ -133,6 +133,14 @@ def _siglip_and_projector(
     )
 
 
+def _patches_in_a_row(model: nn.Module, case: Settings, image: VisualInput, dtype: torch.dtype) -> Callable[[], Any]:
+    patch, grids = model.config.vision_config.patch_size, list(image.grids) * (case.batch * case.images)
+    width = patch * sum(rows * columns for rows, columns in grids)
+    pixels = torch.randn(1, 3, patch, width, device=case.device).to(dtype)
+    sizes = torch.tensor(grids, device=case.device, dtype=torch.int32)
+    return lambda: model.model.get_image_features(pixel_values=pixels, target_sizes=sizes)
+
+
 def _rebuilt(model: nn.Module, case: Settings, image: VisualInput, dtype: torch.dtype) -> Callable[[], Any]:
     tower, count = model.vision_tower, case.batch * case.images
     (rows, columns) = image.grids[0]
@@ -167,6 +175,7 @@ _VISION: dict[anatomy.Dissect, Callable[..., Callable[[], Any]]] = {
     anatomy.siglip_and_projector: _siglip_and_projector,
     anatomy.mobilevlm_v2: _rebuilt,
     anatomy.minicpm_v_2: _rebuilt,
+    anatomy.minicpm_v_4_6: _patches_in_a_row,
     anatomy.fastvlm: _rebuilt,
 }
 
