@@ -30,7 +30,9 @@ def measured(
     model: str = "flashsloth", first: float = 1.0, step: float = 0.1, peak: int = 10**9, **settings
 ) -> Measurement:
     """Half of the first token is encoding; every answer is on one straight line."""
-    found = Settings(model, **{"width": 768, "height": 768, "output_tokens": 8, "threads": 2, **settings})
+    found = Settings(
+        model, **{"width": 768, "height": 768, "output_tokens": 8, "threads": 2, "kernels": "packed", **settings}
+    )
     stages = {
         "encode": Stage([0.5 * first]),
         "compress": Stage([0.1 * first]),
@@ -162,7 +164,9 @@ def test_count_agrees_with_the_result_file():
     for measurement in Results.load(EXAMPLE).measurements:
         counted = count(measurement.settings)
         assert counted.flops == measurement.flops
-        assert counted.memory.weights == measurement.parameter_bytes
+        # the static tier counts weights as they are before they are quantized
+        if measurement.settings.quantization is None:
+            assert counted.memory.weights == measurement.parameter_bytes
 
 
 def test_count_follows_images_batch_and_length():
@@ -281,18 +285,24 @@ def test_the_example_end_to_end(tmp_path: Path, capsys):
     assert drawn == PLOTS - {"image-size", "scaling"}
     assert drawn == set(re.findall(r"!\[[^]]+\]\(([\w-]+)\.png\)", page))
     assert not list((tmp_path / "new" / "folder").glob("*incomplete*"))
-    assert "from 51 output tokens on" in page and "from 227 output tokens on" in page
-    assert "| Qwen2-VL-2B | 27.08 s (6.63) | 28.71 s (4.50) | ≈ 34.31 s (2.38) |" in page
+    # packed layers are how it is shipped; those of torch are a variant
+    assert section(page, "In short: FlashSloth\n") and "| FlashSloth (torch kernels) | 4.11 s (1.15) |" in page
+    assert "**InternVL3-1B**: from 123 output tokens on" in page
+    assert "**Qwen2-VL-2B**: later at every length up to 10,000 output tokens than FlashSloth" in page
+    assert "| Qwen2-VL-2B | 29.78 s (8.34) | 31.36 s (6.08) | ≈ 37.06 s (3.50) |" in page
     lost = section(page, "Where FlashSloth loses")
-    assert "time a token 0.29x, 97.8 ms against 336 ms" in lost
+    assert "time a token 0.50x, 112 ms against 227 ms" in lost
     assert "By count, not by clock, at 384x384" in lost
     missing = section(page, "What is missing")
-    assert "preprocess: not measured for FlashSloth, stock parts, InternVL3-1B, Qwen2-VL-2B." in missing
+    assert (
+        "preprocess: not measured for FlashSloth, stock parts, InternVL3-1B, Qwen2-VL-2B, FlashSloth-HD, stock parts."
+        in missing
+    )
     assert "Time to the first token against image size: no model was measured at two sizes" in missing
     for axis in ("images a prompt", "prompts a batch", "output tokens"):
         assert f"Scaling with {axis}" in missing
     machine = section(page, "Machine and settings")
-    assert "AMD EPYC" in machine and "torch 2.13.0" in machine and "0.435 TFLOP/s" in machine
+    assert "AMD EPYC" in machine and "torch 2.13.0" in machine and "0.438 TFLOP/s" in machine
 
 
 @pytest.fixture(scope="module")

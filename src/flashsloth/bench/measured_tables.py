@@ -19,13 +19,15 @@ def label(measurement: Measurement) -> str:
     """Model and whatever is not the default. A model that is not known here, of another version, keeps its name."""
     settings = measurement.settings
     entry = (STOCK if settings.assembly == "stock" else MODELS).get(settings.model)
+    # where our own models are packed by default
+    plain = entry is not None and entry.origin == "own" and settings.device == "cpu" and not settings.compile
     extras = [
         "stock parts" if entry is None and settings.assembly == "stock" else None,
         settings.attention if settings.attention != "sdpa" else None,
         "compiled" if settings.compile else None,
         settings.quantization,
         None if settings.weights is None else f"weights of {Path(settings.weights).name}",
-        "packed" if settings.kernels == "packed" else None,
+        "torch kernels" if plain and settings.kernels == "torch" else None,
         "other load" if measurement.under_load else None,
     ]
     found = ", ".join(extra for extra in extras if extra)

@@ -19,7 +19,9 @@ METRICS_OF = {
     "batch": ("time_to_first_token", "decode_per_token", "peak_memory_bytes"),
     "output_tokens": ("total", "peak_memory_bytes"),
 }
-_OF_VARIANT = ("model", "assembly", "attention", "compile", "quantization", "weights", "dtype", "device", "threads")
+_OF_VARIANT = (
+    "model", "assembly", "attention", "compile", "quantization", "kernels", "weights", "dtype", "device", "threads",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
