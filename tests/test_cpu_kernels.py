@@ -12,7 +12,9 @@ from flashsloth.int8_linear import Int8Linear
 from flashsloth.quantization import quantize_
 from tiny_models import DECODERS, ENCODERS, build_rows, tiny_model
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels.supported(torch.float32), reason="no x86 processor, or a torch without oneDNN"
+)
 
 
 @pytest.fixture(autouse=True)

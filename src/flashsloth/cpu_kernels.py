@@ -6,7 +6,7 @@
   products in the same precision.
 - `Int8Linear` takes the place of layers that torchao quantized to int8-dynamic, whose own kernels on a CPU are slower
   than bfloat16: the same numbers, by oneDNN.
-- `matmul_attention` replaces PyTorch's fused attention in 16-bit models, where two matrix products are quicker.
+- `matmul_attention` replaces PyTorch's fused attention in bfloat16, where two matrix products are quicker.
 
 Shape suffixes: B rows, H heads, T positions, W width of a head.
 """
@@ -37,7 +37,7 @@ KERNELS = ("auto", "torch", "packed")
 # layers that read the same tensor, by the names transformers gives them
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MATMUL_ATTENTION = "matmul"
-HALF_DTYPES = (torch.bfloat16, torch.float16)
+X86 = ("x86_64", "AMD64")
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
 _SCORES = 2**21  # numbers between two products; more of them leave the cache
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -53,17 +53,19 @@ def chosen_kernels(kernels: str, device: str, compiled: bool = False) -> str:
     """
     if kernels not in KERNELS:
         raise ValueError(f"unknown kernels {kernels!r}; use {', '.join(KERNELS)}")
-    usable = device == "cpu" and not compiled and torch.backends.mkldnn.is_available()
+    usable = device == "cpu" and not compiled and supported(torch.float32)
     if kernels == "auto":
         return "packed" if usable else "torch"
     if kernels == "packed" and not usable:
-        raise ValueError("packed kernels need a CPU build of torch with oneDNN, a model on the CPU, and no compiling")
+        raise ValueError(
+            "packed kernels need an x86 processor, a torch with oneDNN, a model on the CPU, and no compiling"
+        )
     return kernels
 
 
 def supported(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for this dtype on this processor."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether oneDNN has kernels for this dtype on this processor, an x86 one."""
+    if platform.machine() not in X86 or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -101,7 +103,7 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
             if len(layers) == len(names):
                 SharedRounding(layers)
     for part in (model.model.vision_tower, model.model.language_model):
-        if replaced and model.dtype in HALF_DTYPES and part.config._attn_implementation == "sdpa":
+        if replaced and model.dtype == torch.bfloat16 and part.config._attn_implementation == "sdpa":
             part.set_attn_implementation(MATMUL_ATTENTION)
     return replaced
 
