@@ -82,14 +82,8 @@ def draw_stages(cases: Sequence[Case], title: str, path: Path) -> None:
         samples = _samples(case)
         axes.plot([min(samples), max(samples)], [row, row], color="black", linewidth=1.2, marker="|", markersize=7)
         axes.text(max(samples) + 0.012 * widest, row, f"{_seconds(_first(case))}", va="center", fontsize=_LABEL)
-    axes.set_yticks(range(len(ordered)), [case.variant.title for case in ordered])
-    axes.margins(y=0.6 / (len(axes.get_yticks()) + 1))
-    axes.invert_yaxis()
-    axes.set_xlim(0, widest * 1.12)
-    axes.set_xlabel("seconds to the first token (preprocessing left out)")
-    axes.set_title(title, fontsize="medium")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    axes.set(xlim=(0, widest * 1.12), xlabel="seconds to the first token (preprocessing left out)")
+    _label_bars(figure, axes, [case.variant.title for case in ordered], title, len(STAGES))
     _save(figure, path)
 
 
@@ -229,14 +223,8 @@ def draw_memory(rows: Sequence[tuple[str, Memory | None, int | None]], title: st
         counted = "not counted" if memory is None else f"{memory.total / GIGA:.2f}"
         text = f"{counted} / {'not measured' if peak is None else f'{peak / GIGA:.2f}'}"
         axes.text(max(lefts[row], ends.get(row, 0.0)) + 0.02 * widest, row, text, va="center", fontsize=_LABEL)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axes.margins(y=0.6 / (len(axes.get_yticks()) + 1))
-    axes.invert_yaxis()
-    axes.set_xlim(0, widest * 1.2)
-    axes.set_xlabel("GB (behind the bars: counted / measured)")
-    axes.set_title(title, fontsize="medium")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    axes.set(xlim=(0, widest * 1.2), xlabel="GB (behind the bars: counted / measured)")
+    _label_bars(figure, axes, [name for name, _, _ in rows], title, len(parts) + 1)
     _save(figure, path)
 
 
@@ -302,6 +290,16 @@ def _samples(case: Case) -> list[float]:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def _label_bars(figure: Figure, axes: Any, names: list[str], title: str, columns: int) -> None:
+    """Names beside horizontal bars, the first on top, and a legend of so many columns below them."""
+    axes.set_yticks(range(len(names)), names)
+    axes.margins(y=0.6 / (len(names) + 1))
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize="medium")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _figure(lines: int) -> Figure:
