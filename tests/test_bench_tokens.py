@@ -22,7 +22,7 @@ from flashsloth.bench.rebuilt import FastViTHD
 from flashsloth.bench.report import markdown, write_text
 from flashsloth.bench.token_rules import VisualInput
 from flashsloth.bench.tokens import DEFAULT_SIZES, ModelCost, available_models, measure, measure_all
-from flashsloth.model.backbones import decoder_layers
+from flashsloth.model.backbones import CACHE_ARGUMENT, decoder_layers
 from flashsloth_cli.commands.bench import DEFAULT_SIZES as DEFAULT_SIZES_TEXT
 from flashsloth_cli.commands.bench import parse_sizes
 from flashsloth_cli.main import main
@@ -336,7 +336,7 @@ def test_convolution_states_are_those_transformers_keeps() -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        cache = model(inputs_embeds=torch.zeros(1, 30, 64), use_cache=True).past_key_values
+        cache = model(inputs_embeds=torch.zeros(1, 30, 64), use_cache=True)[CACHE_ARGUMENT]
     tensors = {id(tensor): tensor for layer in cache.layers for tensor in tree_flatten(vars(layer))[0]}
     kept = sum(tensor.nbytes for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
     assert cache_bytes(config, 30, 4) == kept

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compilation import enlarge, keep_first, room_for, static_cache
+from .model.backbones import CACHE_ARGUMENT
 
 if TYPE_CHECKING:
     from .inference import FlashSloth
@@ -212,11 +213,11 @@ class Conversation:
         output = session.model.generate(
             **inputs,
             image_features=self._features,
-            past_key_values=cache,
             max_new_tokens=limit,
             stopping_criteria=StoppingCriteriaList([clock]),
             streamer=streamer,
             return_dict_in_generate=True,
+            **{CACHE_ARGUMENT: cache},
             **generation,
         )
         session.synchronize()
@@ -227,7 +228,7 @@ class Conversation:
         new_ids = output.sequences[0, prompt_tokens:]
         text = session.processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        self._cache = output.past_key_values
+        self._cache = output[CACHE_ARGUMENT]
         cached = 0 if self._cache is None else int(self._cache.get_seq_length())
         self._cached_ids = output.sequences[0, :cached].tolist()
         self._prompt_length = prompt_tokens

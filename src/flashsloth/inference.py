@@ -24,6 +24,7 @@ from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversa
 from .cpu_kernels import chosen_kernels, prepare_for_cpu_
 from .equal_views import encode_distinct_views
 from .loading import DTYPES, load_model, select_device
+from .model.backbones import CACHE_ARGUMENT
 from .model.configuration_flashsloth import FlashSlothConfig
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
@@ -64,7 +65,7 @@ def load(
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
         quantization: scheme of `quantization.quantize_`, applied in memory, on the device.
         compile, share_equal_views: as in `FlashSloth`.
-        kernels: "auto" packs large layers for oneDNN on a CPU where nothing is compiled (`cpu_kernels`), after which
+        kernels: "auto" packs layers for oneDNN on a CPU where nothing is compiled (`cpu_kernels`), after which
             the model only answers; "torch" leaves it as it is, to be trained or moved.
 
     Raises:
@@ -191,7 +192,7 @@ class FlashSloth:
         if self.compile_config is None:
             return {}
         cache = static_cache(self.config.text_config, cache_tokens)
-        return {"past_key_values": cache, "compile_config": self.compile_config}
+        return {CACHE_ARGUMENT: cache, "compile_config": self.compile_config}
 
     @torch.inference_mode()
     def warm_up(self, images: Any, max_new_tokens: int | None = None) -> float:

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from flashsloth.compilation import compile_part
 from flashsloth.inference import DTYPES
+from flashsloth.model.backbones import CACHE_ARGUMENT
 from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
 
 from . import anatomy
@@ -273,23 +274,25 @@ class Stages:
                 inputs_embeds=self.embeds_BTD,
                 image_features=features,
                 image_positions=self.image_positions_BK,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE_ARGUMENT: cache},
                 **self.more,
             )
             return output.logits[:, -1:].argmax(-1)
         if isinstance(self.model, StockFlashSloth):  # all logits, as when nobody asks for less
-            output = self.model.language_model(inputs_embeds=self.embeds_BTD, past_key_values=cache, use_cache=True)
+            output = self.model.language_model(
+                inputs_embeds=self.embeds_BTD, use_cache=True, **{CACHE_ARGUMENT: cache}
+            )
             return output.logits[:, -1:].argmax(-1)
         return self._step(self.embeds_BTD, cache)
 
     def _decode(self, token_B1: Tensor, cache: Any) -> Tensor:
         if self.own:
-            output = self.model(input_ids=token_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self.model(input_ids=token_B1, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
             return output.logits.argmax(-1)
         return self._step(self.parts.language_model.get_input_embeddings()(token_B1), cache)
 
     def _step(self, embeds_BTD: Tensor, cache: Any) -> Tensor:
-        output = self.parts.language_model(inputs_embeds=embeds_BTD, past_key_values=cache, use_cache=True)
+        output = self.parts.language_model(inputs_embeds=embeds_BTD, use_cache=True, **{CACHE_ARGUMENT: cache})
         return self.parts.head(output.last_hidden_state[:, -1:]).argmax(-1)

@@ -7,13 +7,19 @@ B rows, T tokens, V vocabulary.
 import copy
 import inspect
 import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# name of the key-value cache in forward, outputs and `generate`: transformers 5.24 renamed it
+CACHE_ARGUMENT = next(
+    field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values")
+)
 # attribute under which an encoder keeps the norm after its last layer
 FINAL_NORM_NAMES = ("post_layernorm", "layernorm", "norm")
 # attribute under which a decoder keeps its layers

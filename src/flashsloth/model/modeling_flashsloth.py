@@ -14,9 +14,16 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from .backbones import build_vision_tower, decoder_layers, encode_patches, fuse_activations, scale_logits
+from .backbones import (
+    CACHE_ARGUMENT,
+    build_vision_tower,
+    decoder_layers,
+    encode_patches,
+    fuse_activations,
+    scale_logits,
+)
 from .compressors import COMPRESSORS
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import INPUTS_KEYWORD, EmbeddedQuery, EmbeddedQueryInputs, LayerInsertion, QueryTokens
@@ -36,21 +43,16 @@ class FlashSlothModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class FlashSlothOutput(ModelOutput):
+class FlashSlothOutput(CausalLMOutputWithPast):
     """Output of `FlashSlothForConditionalGeneration`.
 
     Attributes:
         loss: mean cross-entropy over the labels that are not -100.
         logits: (B, T, vocabulary), or the kept positions; None under `loss_only`.
-        past_key_values, hidden_states, attentions: as in every causal language model.
+        the cache, hidden_states, attentions: as in every causal language model.
         image_features: encoder features and visual tokens of the images of this call.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_features: BaseModelOutputWithPooling | None = None
 
 
@@ -62,7 +64,7 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -176,6 +178,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         query_positions: Tensor | None = None,
         question_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> FlashSlothModelOutput | tuple:
@@ -191,6 +194,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             image_positions: (B, K) int64, first placeholder of each image of the row, -1 where there is none.
             query_positions: (B, G) int64, first query token of each group, -1 where there is none.
             question_ids: (B, T) int64, g on the tokens of the question of the row's g-th group (from 1), else 0.
+            cache: `past_key_values` by the name it has from transformers 5.24 on; give one of the two.
             With a cache the last three describe the whole row, past tokens included; what is past is skipped.
 
         Raises:
@@ -202,9 +206,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             raise ValueError("give pixel_values or image_features, not both.")
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
+        cache = past_key_values if cache is None else cache
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds_BTD.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = 0 if cache is None else cache.get_seq_length()
 
         if input_ids is not None and tokens > 1 and not torch.compiler.is_compiling():
             image_positions, query_positions = self._complete_positions(
@@ -227,16 +232,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 inputs = self._embedded_query_inputs(
                     image_features, image_index_BK, image_positions, query_positions, question_ids, tokens, past_length
                 )
-                if attention_mask is None and past_key_values is None and position_ids is not None:
+                if attention_mask is None and cache is None and position_ids is not None:
                     own_BGK = in_same_sample(position_ids, query_positions, image_positions)
                     inputs = inputs._replace(image_mask_BGK=inputs.image_mask_BGK & own_BGK)
                 kwargs[INPUTS_KEYWORD] = inputs
-        if (
-            position_ids is None
-            and attention_mask is not None
-            and attention_mask.ndim == 2
-            and past_key_values is None
-        ):
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and cache is None:
             # left padding must not shift positions
             position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)
 
@@ -244,9 +244,9 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             inputs_embeds=embeds_BTD,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
         output = FlashSlothModelOutput(**outputs, image_features=image_features)
@@ -377,6 +377,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         query_positions: Tensor | None = None,
         question_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_only: bool = False,
         return_dict: bool | None = None,
@@ -397,13 +398,13 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             image_positions=image_positions,
             query_positions=query_positions,
             question_ids=question_ids,
             use_cache=use_cache,
+            cache=past_key_values if cache is None else cache,
             return_dict=True,
             **kwargs,
         )
@@ -433,10 +434,10 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         output = FlashSlothOutput(
             loss=loss,
             logits=None if loss_only else logits_BTV,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_features=None if loss_only else outputs.image_features,
+            **{CACHE_ARGUMENT: outputs.get(CACHE_ARGUMENT)},
         )
         return output if _returns_dict(self.config, return_dict) else output.to_tuple()
 
