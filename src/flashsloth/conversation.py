@@ -6,6 +6,7 @@ E width of the encoder, D width of the language model.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import time
@@ -207,16 +208,18 @@ class Conversation:
         cache, reused = self._take_cache(inputs["input_ids"][0].tolist(), prompt_tokens + limit)
         if session.compile_config is not None:
             generation = {"compile_config": session.compile_config, **generation}
+        # without one, `generate` compares the configuration with a new default one, as costly as some tokens of nano
+        generation_config = copy.deepcopy(session.model.generation_config)
+        generation = generation_config.update(max_new_tokens=limit, return_dict_in_generate=True, **generation)
         streamer = None if on_text is None else _CallbackStreamer(session.processor.tokenizer, on_text)
 
         started = time.perf_counter()
         output = session.model.generate(
             **inputs,
             image_features=self._features,
-            max_new_tokens=limit,
+            generation_config=generation_config,
             stopping_criteria=StoppingCriteriaList([clock]),
             streamer=streamer,
-            return_dict_in_generate=True,
             **{CACHE_ARGUMENT: cache},
             **generation,
         )

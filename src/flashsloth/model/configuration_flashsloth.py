@@ -76,8 +76,9 @@ class FlashSlothConfig(PreTrainedConfig):
     model_type = "flashsloth"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # a configuration first: each type it is not costs its whole text, for an error message that nobody reads
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
     image_token_id: int | None = None
     query_token_id: int | None = None
     vision_feature_layer: int = -2
