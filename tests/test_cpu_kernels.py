@@ -74,9 +74,12 @@ def test_a_packed_model_is_saved_as_it_was_loaded(tmp_path):
     assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_small_layers_and_shared_heads_stay_as_they_are(monkeypatch):
+def test_small_layers_of_a_decoder_and_shared_heads_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 2**40)
-    assert prepare_for_cpu_(tiny_model()) == 0
+    model = tiny_model()
+    in_encoder = sum(type(module) is nn.Linear for module in model.model.vision_tower.modules())
+    assert prepare_for_cpu_(model) == in_encoder > 0
+    assert not any(isinstance(module, PackedLinear) for module in model.model.language_model.modules())
     monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 0)
     model = tiny_model("qwen2")
     prepare_for_cpu_(model)

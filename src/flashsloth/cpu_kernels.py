@@ -42,7 +42,7 @@ _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", 
 _SCORES = 2**21  # numbers between two products; more of them leave the cache
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
-_SMALLEST_WEIGHT = 2**19  # numbers; below that a call costs more than the layout saves
+_SMALLEST_WEIGHT = 2**19  # numbers of a decoder's layer; below that a step costs more than the layout saves
 
 
 def chosen_kernels(kernels: str, device: str, compiled: bool = False) -> str:
@@ -88,8 +88,8 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
     replaced = 0
     linears = _linears(model)
     while linears:  # emptied on the way, so that each weight is let go when its packed form is there
-        owner, name, linear = linears.pop()
-        layer = _quick_form(linear)
+        owner, name, linear, smallest = linears.pop()
+        layer = _quick_form(linear, smallest)
         if layer is not None:
             setattr(owner, name, layer)
             replaced += 1
@@ -122,22 +122,32 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(parameter, size) for parameter, size in _MALLOC_SETTINGS)
 
 
-def _quick_form(linear: nn.Linear) -> nn.Module | None:
+def _quick_form(linear: nn.Linear, smallest: int) -> nn.Module | None:
     weight = linear.weight
     if type(weight.data) is not Tensor:
         return Int8Linear.from_torchao(linear)
-    return PackedLinear(linear) if weight.numel() >= _SMALLEST_WEIGHT and supported(weight.dtype) else None
+    return PackedLinear(linear) if weight.numel() >= smallest and supported(weight.dtype) else None
 
 
-def _linears(model: FlashSlothForConditionalGeneration) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(owner, attribute, layer) of the linear layers of encoder, decoder and head."""
-    parts: list[nn.Module] = [*decoder_layers(model.model.language_model), model.model.vision_tower]
+def _linears(model: FlashSlothForConditionalGeneration) -> list[tuple[nn.Module, str, nn.Linear, int]]:
+    """(owner, attribute, layer, numbers from which it is packed) of the linear layers of encoder, decoder and head."""
+    # an encoder never reads less than all its positions, so that its layers are worth it at any size
+    parts = [(layer, _SMALLEST_WEIGHT) for layer in decoder_layers(model.model.language_model)]
+    parts.append((model.model.vision_tower, 0))
     # A multi-head attention reads the weight of its out_proj itself, past the module's forward.
-    owners = [module for part in parts for module in part.modules() if not isinstance(module, nn.MultiheadAttention)]
+    owners = [
+        (module, smallest)
+        for part, smallest in parts
+        for module in part.modules()
+        if not isinstance(module, nn.MultiheadAttention)
+    ]
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        owners.append(model)
+        owners.append((model, _SMALLEST_WEIGHT))
     return [
-        (owner, name, child) for owner in owners for name, child in owner.named_children() if type(child) is nn.Linear
+        (owner, name, child, smallest)
+        for owner, smallest in owners
+        for name, child in owner.named_children()
+        if type(child) is nn.Linear
     ]
 
 
