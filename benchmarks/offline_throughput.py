@@ -22,6 +22,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, inference
+from flashsloth.cpu_kernels import chosen_kernels, prepare_for_cpu_
 from flashsloth.model.processing_flashsloth import FlashSlothProcessor
 from flashsloth.offline import Record, RunSettings, read_records, run_records
 from flashsloth.synthetic import SyntheticDataset
@@ -46,7 +47,18 @@ SMALL_DECODER = {
     "num_hidden_layers": 15,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+    "vocab_size": 1024,  # nano's tokenizer
     "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "flashsloth": {},  # the defaults
+    "hd": {
+        "vision_config": SIGLIP_BASE,
+        "text_config": SMALL_DECODER,
+        "view_grid": [2, 2],
+        "embedded_query_layer": 7,
+        "embedded_query_num_heads": 12,
+    },
 }
 FAMILIES = {"scenes": 1.0, "charts": 1.0, "text": 1.0}  # those that need no photographs
 KILL_AFTER_LINES = 0.3
@@ -86,8 +98,8 @@ def batches(
     batch_size: Annotated[int, typer.Option("--batch-size", help="As in `flashsloth run`.", min=1)] = 32,
     workers: Annotated[int, typer.Option("--workers", help="As in `flashsloth run`.", min=0)] = 1,
     rounds: Annotated[
-        int, typer.Option("--rounds", help="Repetitions; the two take turns on portions of the images.", min=1)
-    ] = 5,
+        int, typer.Option("--rounds", help="Repetitions; the two take turns, each over all images.", min=1)
+    ] = 3,
     model: str = "nano",
     dtype: Dtype = "float32",
     threads: Threads = 0,
@@ -107,19 +119,16 @@ def batches(
         run_records(records[:batch_size], folder / "warm.jsonl", settings)
         measured, different = [], 0
         for index in range(rounds):
-            part = records[index * images // rounds : (index + 1) * images // rounds]
             watch = Stopwatch.start()
-            answers = {r.id: session.ask(list(r.images), r.question).text for r in part}
-            one_by_one = {"images": len(part), **watch.read()}
+            answers = {r.id: session.ask(list(r.images), r.question).text for r in records}
+            one_by_one = {"images": images, **watch.read()}
             path = folder / f"{index}.jsonl"
             watch = Stopwatch.start()
-            summary = run_records(part, path, settings)
-            batched = {"images": len(part), **watch.read(), "seconds_without_loading": summary.seconds}
+            summary = run_records(records, path, settings)
+            batched = {"images": images, **watch.read(), "seconds_without_loading": summary.seconds}
             different += sum(answers[row["id"]] != row["answer"] for row in _lines(path))
             measured.append({"ask": one_by_one, "run": batched})
-        whole = folder / "whole.jsonl"
-        total = run_records(records, whole, settings)
-        resumed = _kill_and_resume(folder, settings, {row["id"]: row["answer"] for row in _lines(whole)})
+        resumed = _kill_and_resume(folder, settings, {row["id"]: row["answer"] for row in _lines(path)})
     rates = {
         "ask": [row["ask"]["images"] / row["ask"]["wall_seconds"] for row in measured],
         "run": [row["run"]["images"] / row["run"]["seconds_without_loading"] for row in measured],
@@ -129,7 +138,6 @@ def batches(
         "machine": _machine(),
         "settings": {"images": images, "batch_size": batch_size, "workers": workers, "model": model, "dtype": dtype},
         "images_per_second": {name: _spread(values) for name, values in rates.items()},
-        "run_all_images_per_second": total.answered / total.seconds,
         "ratio": _spread(ratios),
         "answers_that_differ": different,
         "kill_and_resume": resumed,
@@ -140,7 +148,7 @@ def batches(
             f"{model}, {dtype}, batch {batch_size}, {workers} workers",
             *(f"{report['images_per_second'][arm]['median']:.1f}" for arm in ("ask", "run")),
             f"{report['ratio']['median']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-            f"{different} of {images}",
+            f"{different} of {rounds * images}",
             f"{resumed['before_the_kill']} + {resumed['after']}, {resumed['doubled']} doubled, {resumed['lost']} lost",
         ]
     ]
@@ -192,7 +200,10 @@ def _kill_and_resume(folder: Path, settings: RunSettings, expected: dict[str, st
 @app.command("encode-once")
 def encode_once(
     shape: Annotated[
-        str, typer.Option("--shape", help="nano, or hd: five views, SigLIP-base, random weights.")
+        str,
+        typer.Option(
+            "--shape", help="nano; flashsloth: the published size; hd: five views, SigLIP-base (random weights)."
+        ),
     ] = "nano",
     images: Annotated[int, typer.Option("--images", help="Images, each asked all ten questions.", min=1)] = 10,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = 4,
@@ -204,7 +215,7 @@ def encode_once(
     transformers_logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    session = inference.load("nano", "cpu", dtype) if shape == "nano" else _hd_session(shape, dtype)
+    session = inference.load("nano", "cpu", dtype) if shape == "nano" else _random_session(shape, dtype)
     data = SyntheticDataset("test", images, seed=7, weights=FAMILIES, turns=1)
     pictures = [data.sample(index).image for index in range(images)]
     seconds: dict[str, list[list[float]]] = {}
@@ -268,34 +279,31 @@ def _ask_all(
     return walls, processors, tokens
 
 
-def _hd_session(shape: str, dtype: str) -> inference.FlashSloth:
-    """Random weights filled for real; nano's tokenizer and template."""
-    if shape != "hd":
-        raise typer.BadParameter(f"--shape is {shape!r}; use nano or hd")
+def _random_session(shape: str, dtype: str) -> inference.FlashSloth:
+    """Random weights filled for real, prepared as `inference.load` does; nano's tokenizer and template."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"--shape is {shape!r}; use nano, {' or '.join(SHAPES)}")
     nano = inference.load("nano", "cpu")
     text = nano.config.text_config
-    decoder = SMALL_DECODER | {
-        "vocab_size": text.vocab_size,
-        "max_position_embeddings": text.max_position_embeddings,
-        **{name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    }
     config = FlashSlothConfig(
-        vision_config=SIGLIP_BASE,
-        text_config=decoder,
-        view_grid=[2, 2],
-        image_token_id=nano.config.image_token_id,
-        query_token_id=nano.config.query_token_id,
-        embedded_query_layer=7,
-        embedded_query_num_heads=12,
+        **SHAPES[shape], image_token_id=nano.config.image_token_id, query_token_id=nano.config.query_token_id
     )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(text, name))
     torch.manual_seed(0)
-    model = FlashSlothForConditionalGeneration(config).to(inference.DTYPES[dtype])
+    torch.set_default_dtype(inference.DTYPES[dtype])
+    model = FlashSlothForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None  # random weights: answers of equal length
     model.generation_config.pad_token_id = text.pad_token_id
+    # ids beyond nano's vocabulary have no text
+    model.generation_config.suppress_tokens = list(range(text.vocab_size, config.text_config.vocab_size)) or None
+    if chosen_kernels("auto", "cpu") == "packed":
+        prepare_for_cpu_(model)
     processor = FlashSlothProcessor.from_config(
         config, nano.processor.tokenizer, chat_template=nano.processor.chat_template
     )
-    return inference.FlashSloth(model.eval(), processor, name=shape)
+    return inference.FlashSloth(model, processor, name=shape)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
