@@ -33,8 +33,9 @@ from PIL import Image
 from torch import nn
 from transformers import TrainerCallback
 
-from flashsloth.bench.training import TrainingLoop, synchronise
+from flashsloth.bench.training import TrainingLoop
 from flashsloth.data.dataset import build_collator, build_dataset
+from flashsloth.loading import synchronize
 from flashsloth.study.measure import peak_resident_bytes, resident_bytes
 from flashsloth.train.build import build
 from flashsloth.train.freeze import set_trainable_parts
@@ -113,7 +114,7 @@ def make_recipe(folder: Path, settings: argparse.Namespace, compressed: bool = T
         "name": "finetune",
         "data": "conversations",
         "template": "chat",
-        "train": PARTS,
+        "train": [*(["vision_encoder"] if settings.train_encoder else []), *PARTS],
         "learning_rate": 2e-5,
         "max_steps": 10**8,
         "batch_size": settings.batch,
@@ -169,10 +170,10 @@ class TakeTurns(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.steps += 1
         if self.steps == self.settings.warmup:
-            synchronise()
+            synchronize()
             self.started = time.perf_counter()
         elif self.steps == self.settings.warmup + self.settings.steps:
-            synchronise()
+            synchronize()
             ours = time.perf_counter() - self.started
             self.seconds.append((ours, timed(self.plain.run, self.settings)))
             self.steps = 0
@@ -182,10 +183,10 @@ class TakeTurns(TrainerCallback):
 
 def timed(run_steps: Callable[[int], None], settings: argparse.Namespace) -> float:
     run_steps(settings.warmup)
-    synchronise()
+    synchronize()
     started = time.perf_counter()
     run_steps(settings.steps)
-    synchronise()
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -229,7 +230,7 @@ def measure_memory(arm: str, folder: Path, settings: argparse.Namespace) -> dict
         loop = _plain_loop(model, recipe, batches)
         before = resident_bytes()
         loop.run(settings.warmup + settings.steps)
-    synchronise()
+    synchronize()
     if uses_cpu():
         return {"peak_resident": peak_resident_bytes(), "resident_before": before}
     return {"peak_allocated": torch.accelerator.max_memory_allocated(), "resident_before": before}
@@ -317,6 +318,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "nano", "mid"), default=["nano", "mid"])
     parser.add_argument("--comparisons", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--train-encoder", action="store_true", help="as nano's own recipe and HD's second stage do")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a block")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them, at least what is prefetched")

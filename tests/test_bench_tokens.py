@@ -19,9 +19,10 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 from flashsloth.bench.memory import cache_bytes, cache_bytes_per_token, feature_map_elements, widest_block_elements
 from flashsloth.bench.models import MODELS
 from flashsloth.bench.rebuilt import FastViTHD
-from flashsloth.bench.report import markdown, write_text
+from flashsloth.bench.report import markdown
 from flashsloth.bench.token_rules import VisualInput
 from flashsloth.bench.tokens import DEFAULT_SIZES, ModelCost, available_models, measure, measure_all
+from flashsloth.files import write_whole
 from flashsloth.model.backbones import CACHE_ARGUMENT, decoder_layers
 from flashsloth_cli.commands.bench import DEFAULT_SIZES as DEFAULT_SIZES_TEXT
 from flashsloth_cli.commands.bench import parse_sizes
@@ -371,7 +372,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(path, "\ud800")
+        write_whole(path, "\ud800")
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["tokens.json"]
 

@@ -23,7 +23,7 @@ from .compilation import check_compiler, compile_part, decoding_config, static_c
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
 from .cpu_kernels import chosen_kernels, prepare_for_cpu_
 from .equal_views import encode_distinct_views
-from .loading import DTYPES, load_model, select_device
+from .loading import DTYPES, load_model, select_device, synchronize
 from .model.backbones import CACHE_ARGUMENT
 from .model.configuration_flashsloth import FlashSlothConfig
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -211,7 +211,4 @@ class FlashSloth:
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(self.device)

@@ -42,6 +42,12 @@ def select_device(name: str = "auto") -> torch.device:
     return device
 
 
+def synchronize(device: torch.device | str | None = None) -> None:
+    """Wait until a device, by default the accelerator if there is one, has done all its work."""
+    if torch.accelerator.is_available() and (device is None or torch.device(device).type != "cpu"):
+        torch.accelerator.synchronize(device)
+
+
 def load_model(
     folder: str | os.PathLike[str], dtype: str = "auto", quantization_config: Any = None
 ) -> FlashSlothForConditionalGeneration:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from flashsloth.cpu_kernels import PackedLinear, supported
-from flashsloth.inference import DTYPES
+from flashsloth.loading import DTYPES, synchronize
 
 from .results import Machine, Roofline
 
@@ -106,12 +106,6 @@ def _best(work: Callable[[], torch.Tensor], device: str) -> float:
         synchronize(device)
         times.append(time.perf_counter() - begun)
     return min(times[1:])
-
-
-def synchronize(device: str) -> None:
-    """Waits for the accelerator."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], torch.Tensor]]:

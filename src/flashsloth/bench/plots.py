@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from flashsloth.files import replace_file
 
 from .comparison import TIMES, Case, Crossover, Variant
 from .scaling import AXES, Series
@@ -373,6 +374,4 @@ def _place(figure: Figure, axes: Any, texts: Sequence[tuple[float, float, str, s
 
 def _save(figure: Figure, path: Path) -> None:
     """The file appears whole; without date and version in it, so that the same numbers give the same bytes."""
-    staging = path.with_name(f"{path.name}.incomplete")
-    figure.savefig(staging, format="png", dpi=130, metadata={"Software": None})
-    os.replace(staging, path)
+    replace_file(path, lambda staging: figure.savefig(staging, format="png", dpi=130, metadata={"Software": None}))

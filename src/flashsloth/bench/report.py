@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 import transformers
 
 import flashsloth
+from flashsloth.files import write_whole
 
 from .tables import notes, tables
 from .tokens import ModelCost
@@ -27,22 +26,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the file, then replaces it."""
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
 def write_json(path: Path, costs: Sequence[ModelCost], settings: dict[str, Any]) -> None:
     """All numbers, unrounded."""
     content = {"versions": versions(), "settings": settings, "models": [cost.to_dict() for cost in costs]}
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def markdown(costs: Sequence[ModelCost], text_tokens: int, dtype: str, batch: int) -> str:
@@ -57,4 +44,4 @@ def markdown(costs: Sequence[ModelCost], text_tokens: int, dtype: str, batch: in
 def write_markdown(path: Path, costs: Sequence[ModelCost], text_tokens: int, dtype: str, batch: int) -> None:
     """`markdown` after a line with the versions that made it."""
     made_by = ", ".join(f"{name} {version}" for name, version in versions().items())
-    write_text(path, f"<!-- {made_by} -->\n\n{markdown(costs, text_tokens, dtype, batch)}")
+    write_whole(path, f"<!-- {made_by} -->\n\n{markdown(costs, text_tokens, dtype, batch)}")

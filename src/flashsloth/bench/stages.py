@@ -16,12 +16,11 @@ from transformers import DynamicCache, StaticCache
 from transformers.initialization import no_init_weights
 
 from flashsloth.compilation import compile_part
-from flashsloth.inference import DTYPES
+from flashsloth.loading import DTYPES, synchronize
 from flashsloth.model.backbones import CACHE_ARGUMENT
 from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
 
 from . import anatomy
-from .machine import synchronize
 from .models import BenchModel
 from .results import Settings
 from .stock import StockFlashSloth

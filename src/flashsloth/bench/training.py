@@ -22,14 +22,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ..files import write_whole
 from ..hub import resolve
+from ..loading import synchronize
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.prompt_encoding import IGNORED_LABEL
 from ..study.measure import peak_resident_bytes, reset_peak_resident_bytes, resident_bytes
 from ..train.trainer import uses_cpu
 from .models import MODELS, model_named
-from .report import versions, write_text
+from .report import versions
 from .tables import TableData
 
 TINY = {
@@ -158,12 +160,6 @@ def random_batch(config: FlashSlothConfig, settings: TrainingSettings) -> dict[s
     return batch
 
 
-def synchronise() -> None:
-    """Wait until the accelerator, if there is one, has done all its work."""
-    if not uses_cpu():
-        torch.accelerator.synchronize()
-
-
 class TrainingLoop:
     """Forward, backward, clip, fused AdamW, on batches that lie ready.
 
@@ -222,10 +218,10 @@ def measure_variant(settings: TrainingSettings) -> dict[str, Any]:
     loop.run(settings.warmup)
     seconds, processor_seconds = [], []
     for _ in range(settings.steps):
-        synchronise()
+        synchronize()
         started, processor = time.perf_counter(), time.process_time()
         loop.run(1)
-        synchronise()
+        synchronize()
         seconds.append(time.perf_counter() - started)
         processor_seconds.append(time.process_time() - processor)
     peak = peak_resident_bytes() if uses_cpu() else torch.accelerator.max_memory_allocated()
@@ -356,14 +352,14 @@ def training_markdown(report: dict[str, Any]) -> str:
 def write_training_report(report: dict[str, Any], json_file: Path | None, markdown_file: Path | None) -> None:
     """Write what was asked for; each file appears whole or not at all."""
     if json_file is not None:
-        write_text(json_file, json.dumps(report, indent=2) + "\n")
+        write_whole(json_file, json.dumps(report, indent=2) + "\n")
     if markdown_file is not None:
-        write_text(markdown_file, training_markdown(report))
+        write_whole(markdown_file, training_markdown(report))
 
 
 def _main(given: str, made: str) -> None:
     settings = TrainingSettings(**json.loads(Path(given).read_text(encoding="utf-8")))
-    write_text(Path(made), json.dumps(measure_variant(settings)))
+    write_whole(Path(made), json.dumps(measure_variant(settings)))
 
 
 if __name__ == "__main__":

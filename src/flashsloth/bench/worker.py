@@ -15,11 +15,11 @@ from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
 from flashsloth.cpu_kernels import PackedLinear, keep_freed_memory, prepare_for_cpu_
+from flashsloth.files import write_whole
 from flashsloth.inference import DTYPES
 from flashsloth.int8_linear import Int8Linear, PromptAndTokenLinear
 from flashsloth.quantization import quantize_
 from flashsloth.study.measure import peak_resident_bytes
-from flashsloth.train.saving import write_whole
 
 from .arithmetic import prefill_flops
 from .machine import LARGEST_OTHER_LOAD, Reading, other_load, read_load

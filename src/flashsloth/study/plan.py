@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from ..files import write_whole
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..train.build import vision_config
 from ..train.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe
-from ..train.saving import write_whole
 from .config import EvaluationSettings, Study
 
 PLAN_FILE, RESULT_FILE, WORKER_LOG = "plan.json", "result.json", "worker.log"

@@ -1,12 +1,12 @@
 """The report of a study: one Markdown page, its plots, and the same numbers as JSON."""
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file, write_whole
 from ..train.evaluate_synthetic import ALL
 from .config import Claim, Study
 from .measure import FLOP_PARTS
@@ -44,16 +44,16 @@ def write_report(study: Study, runs: Sequence[Run], name: str, publish: Path | N
     results = collect(study, runs)
     folder = study.output_dir
     costs, tasks = folder / f"{name}-costs.png", folder / f"{name}-tasks.png"
-    _write_whole(costs, lambda path: draw_costs(results, study.reference, path))
-    _write_whole(tasks, lambda path: draw_tasks(results, path))
+    replace_file(costs, lambda path: draw_costs(results, study.reference, path))
+    replace_file(tasks, lambda path: draw_tasks(results, path))
     page = folder / f"{name}.md"
     text = render(study, results, len(runs), name, [costs.name, tasks.name])
-    _write_whole(page, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(page, text)
     write_json(folder / f"{name}.json", summary(study, results))
     if publish is not None:
         publish.mkdir(parents=True, exist_ok=True)
         for path in (page, costs, tasks):
-            _write_whole(publish / path.name, partial(shutil.copyfile, path))
+            replace_file(publish / path.name, partial(shutil.copyfile, path))
     return page
 
 
@@ -259,10 +259,3 @@ def _interval(found: Difference) -> str:
     if found.low is None or found.high is None:
         return "no interval from one seed"
     return f"{_points(found.low)} to {_points(found.high)}"
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path` and put it in place when it is whole."""
-    staging = path.with_name(f"incomplete-{path.name}")
-    write(staging)
-    os.replace(staging, path)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
+from ..files import write_whole
 from .optimization import ProgressScheduler, first_rank_value
 from .recipe import LoggingRecipe
 
@@ -111,9 +111,7 @@ class LogFile(TrainerCallback):
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             rows = [json.loads(line) for line in lines]
             rows = [row for row in rows if row["stage"] != self.stage or row["step"] <= state.global_step]
-            staging = self.path.with_name(f"{self.path.name}.incomplete")
-            staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(staging, self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if torch.accelerator.is_available():
             torch.accelerator.reset_peak_memory_stats()
         self.speed.start(state)

@@ -1,7 +1,6 @@
 """The model card of a trained folder, and the picture of its loss."""
 
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.recipe import DataRecipe, MixtureData, SyntheticData, WebdatasetData
+from ..files import replace_file
 from ..model.checkpoint_folder import read_json, write_json
 from .adapters import BASE_FILE, CARD_FILE
 from .freeze import PartCount
@@ -53,9 +53,7 @@ def record_samples(folder: Path, stage: str, samples: int) -> None:
     """Note in the run's folder how many samples the data of a stage holds, for the card."""
     path = folder / SAMPLES_FILE
     counts = {**(read_json(path) if path.exists() else {}), stage: samples}
-    staging = path.with_name(f"{path.name}.incomplete")
-    write_json(staging, counts)
-    os.replace(staging, path)
+    replace_file(path, lambda staging: write_json(staging, counts))
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:

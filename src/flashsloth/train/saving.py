@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and a clear word when the disk is full."""
+"""Folders that appear whole or not at all, and a clear word when the disk is full."""
 
 import errno
 import os
@@ -34,13 +34,6 @@ def staged(folder: Path, remove: bool = True) -> Iterator[None]:
                 "behind and the last checkpoint is whole; make room, then continue with --resume",
             ) from error
         raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one with this text, or leave it as it was."""
-    staging = path.with_name(f"{path.name}.incomplete")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
 
 
 def replace_folder(source: Path, destination: Path) -> None:

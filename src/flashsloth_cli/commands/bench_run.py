@@ -73,8 +73,8 @@ def bench_run(
     from flashsloth.bench.machine import DTYPES, cores
     from flashsloth.bench.measured import open_results, run_all, settings_of
     from flashsloth.bench.measured_tables import failures, machine_line, measured_markdown, measured_tables
-    from flashsloth.bench.report import write_text
     from flashsloth.bench.results import Measurement
+    from flashsloth.files import write_whole
     from flashsloth.quantization import ALL_SCHEMES
 
     from ..tables import print_table, table_console
@@ -131,6 +131,6 @@ def bench_run(
         print_table(console, data.columns, data.rows, data.title)
         console.print()
     console.print(machine_line(results), style="dim")
-    write_text(output.with_suffix(".md"), measured_markdown(results))
+    write_whole(output.with_suffix(".md"), measured_markdown(results))
     if failed := failures(results):
         raise ValueError(f"{len(failed)} of {total} cases have no numbers: {'; '.join(failed)}")
