@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -213,15 +215,16 @@ def test_every_way_of_loading_gives_the_same_logits(adapter, base, tmp_path):
     expected = logits(FlashSlothForConditionalGeneration.from_pretrained(merged), merged)
     with_base = FlashSlothForConditionalGeneration.from_pretrained(base)
     assert not torch.allclose(logits(with_base, base), expected, atol=1e-2)
-    with_base.load_adapter(str(adapter))
     ways = {
         "PeftModel": peft.PeftModel.from_pretrained(FlashSlothForConditionalGeneration.from_pretrained(base), adapter),
         "AutoPeftModel": peft.AutoPeftModel.from_pretrained(adapter),
-        "from_pretrained of the adapter": AutoModelForImageTextToText.from_pretrained(adapter),
-        "load_adapter": with_base,
         "inference.load": inference.load(adapter).model,
         "AutoModel of the merged folder": AutoModelForImageTextToText.from_pretrained(merged),
     }
+    if Version(transformers.__version__) >= Version("5.18"):  # before, it drops what an adapter holds in full
+        with_base.load_adapter(str(adapter))
+        ways["load_adapter"] = with_base
+        ways["from_pretrained of the adapter"] = AutoModelForImageTextToText.from_pretrained(adapter)
     for name, model in ways.items():
         torch.testing.assert_close(
             logits(model, adapter), expected, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
