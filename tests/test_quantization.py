@@ -14,9 +14,6 @@ from flashsloth import FlashSlothForConditionalGeneration, quantization
 from flashsloth.inference import load, load_model
 from flashsloth.int8_linear import Int8Linear
 from flashsloth.quantization import (
-    ALL_SCHEMES,
-    IN_MEMORY_SCHEMES,
-    PACKED_INT4,
     SCHEMES,
     is_quantized,
     quantize_,
@@ -26,6 +23,8 @@ from flashsloth_cli.main import main
 from tiny_models import ENCODERS, build_rows, tiny_model
 
 pytest.importorskip("torchao", reason="quantization needs torchao")
+SAVED = [name for name, scheme in SCHEMES.items() if scheme.saved_as is None]
+IN_MEMORY = [name for name in SCHEMES if name not in SAVED]
 pytestmark = pytest.mark.filterwarnings("ignore:int4-weight-only holds")
 
 
@@ -52,7 +51,7 @@ def logits_of(model: FlashSlothForConditionalGeneration) -> torch.Tensor:
 
 
 def dtype_of(scheme: str) -> torch.dtype:
-    return torch.bfloat16 if scheme in PACKED_INT4 else torch.float32
+    return SCHEMES[scheme].dtype or torch.float32
 
 
 def quantized_names(model: nn.Module) -> set[str]:
@@ -64,7 +63,7 @@ def quantized_names(model: nn.Module) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SAVED)
 @pytest.mark.parametrize("encoder", [False, True])
 def test_a_quantized_model_comes_back_from_its_folder_with_equal_outputs(tmp_path, scheme, encoder):
     model = model_of_even_widths()
@@ -87,7 +86,7 @@ def test_a_quantized_model_comes_back_from_its_folder_with_equal_outputs(tmp_pat
 
 def test_the_encoder_is_quantized_by_default_only_with_its_activations():
     in_encoder = {}
-    for scheme in ALL_SCHEMES:
+    for scheme in SCHEMES:
         names = quantized_names(quantize_(model_of_even_widths().to(dtype_of(scheme)), scheme))
         in_encoder[scheme] = any(name.startswith("model.vision_tower.") for name in names)
     assert {scheme for scheme, quantized in in_encoder.items() if quantized} == {
@@ -97,13 +96,13 @@ def test_the_encoder_is_quantized_by_default_only_with_its_activations():
     }
 
 
-@pytest.mark.parametrize("scheme", IN_MEMORY_SCHEMES)
+@pytest.mark.parametrize("scheme", IN_MEMORY)
 @pytest.mark.parametrize("encoder", [False, True])
 def test_schemes_for_memory_compute_nearly_the_same_and_cannot_be_saved(tmp_path, scheme, encoder):
     model = model_of_even_widths().to(dtype_of(scheme))
     exact = logits_of(model)
     # the same parts by a scheme of torchao say what as many bits may cost
-    like = quantize_(model_of_even_widths().to(dtype_of(scheme)), IN_MEMORY_SCHEMES[scheme][1], encoder=encoder)
+    like = quantize_(model_of_even_widths().to(dtype_of(scheme)), SCHEMES[scheme].saved_as, encoder=encoder)
     quantize_(model, scheme, encoder=encoder)
     assert quantized_names(model) == quantized_names(like)
     assert is_quantized(model) and not is_quantized(model_of_even_widths())
@@ -153,8 +152,10 @@ def test_schemes_for_memory_are_refused_where_they_have_no_kernels(tmp_path):
         quantize_(model_of_even_widths(), "int4-packed")
     with pytest.raises(ValueError, match="int8-dynamic-cpu has kernels for cpu only; use int8-dynamic on meta"):
         quantize_(model_of_even_widths().to("meta"), "int8-dynamic-cpu")
-    for scheme, (_, instead) in IN_MEMORY_SCHEMES.items():
-        with pytest.raises(ValueError, match=f"cannot be saved; write {instead}, or use {scheme} in memory"):
+    for scheme in IN_MEMORY:
+        with pytest.raises(
+            ValueError, match=f"cannot be saved; write {SCHEMES[scheme].saved_as}, or use {scheme} in memory"
+        ):
             quantize_folder("nano", tmp_path / "out", scheme)
     assert not list(tmp_path.iterdir())
 

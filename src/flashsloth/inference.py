@@ -28,7 +28,7 @@ from .model.backbones import CACHE_ARGUMENT
 from .model.configuration_flashsloth import FlashSlothConfig
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
-from .quantization import ALL_SCHEMES, quantize_
+from .quantization import check_scheme, quantize_
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
@@ -98,8 +98,7 @@ def _check_quantization(folder: Path, scheme: str) -> None:
     """Refuse before the weights are read what `quantize_` would refuse after it."""
     from .train.adapters import base_folder
 
-    if scheme not in ALL_SCHEMES:
-        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(ALL_SCHEMES)}")
+    check_scheme(scheme)
     source = base_folder(folder) if hub.is_adapter(folder) else folder
     if "quantization_config" in hub.read_config(source):
         raise ValueError(

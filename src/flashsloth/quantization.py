@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,23 @@ from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .model.processing_flashsloth import FlashSlothProcessor
 
 INT4_GROUP_SIZE = 32
+_ENCODER = "model.vision_tower"
 
 
-def _int8_dynamic() -> Any:
+def _int8_dynamic(device: torch.device) -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     # No global compiler settings: they would change other models of the process.
     return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
-def _int8_weight_only() -> Any:
+def _int8_weight_only(device: torch.device) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig(set_inductor_config=False)
 
 
-def _int4_weight_only() -> Any:
+def _int4_weight_only(device: torch.device) -> Any:
     # Int4WeightOnlyConfig has no CPU kernels whose tensors safetensors can hold; these values do, one a byte.
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
@@ -62,30 +64,60 @@ def _int4_packed(device: torch.device) -> Any:
     )
 
 
-# schemes of torchao that safetensors can hold
-SCHEMES: dict[str, Callable[[], Any]] = {
-    "int8-dynamic": _int8_dynamic,
-    "int8-weight-only": _int8_weight_only,
-    "int4-weight-only": _int4_weight_only,
+def _int8_and_int4(linear: nn.Linear) -> nn.Module:
+    """int8 for prompts; for the steps of an answer two weights a byte."""
+    holder = nn.Sequential(linear)
+    int8 = Int8Linear.from_float(linear)
+    _import_torchao().quantize_(holder, _int4_packed(linear.weight.device))
+    return PromptAndTokenLinear(int8, holder[0])
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are held.
+
+    Attributes:
+        recipe: torchao's configuration for a device, or
+        layers: what takes the place of a linear layer of the decoder, and of the encoder.
+        encoder: quantize the encoder too where nothing is said.
+        grouped: the parts whose widths groups of `INT4_GROUP_SIZE` must divide.
+        saved_as: the scheme to write instead of one that is laid out as the kernels of a machine read it.
+        devices: those with kernels; None is any.
+        dtype: the number format the kernels multiply in; None is any.
+    """
+
+    recipe: Callable[[torch.device], Any] | None = None
+    layers: tuple[Callable[[nn.Linear], nn.Module], Callable[[nn.Linear], nn.Module]] | None = None
+    encoder: bool = False
+    grouped: tuple[str, ...] = ()
+    saved_as: str | None = None
+    devices: tuple[str, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int8-dynamic": Scheme(_int8_dynamic, encoder=True),
+    "int8-weight-only": Scheme(_int8_weight_only),
+    "int4-weight-only": Scheme(_int4_weight_only, grouped=("decoder", "encoder")),
+    "int8-dynamic-cpu": Scheme(
+        layers=(Int8Linear.from_float, Int8Linear.from_float), encoder=True, saved_as="int8-dynamic", devices=("cpu",)
+    ),
+    "int8-int4-cpu": Scheme(
+        layers=(_int8_and_int4, Int8Linear.from_float),
+        encoder=True,
+        grouped=("decoder",),
+        saved_as="int8-dynamic",
+        devices=("cpu",),
+        dtype=torch.bfloat16,
+    ),
+    "int4-packed": Scheme(
+        _int4_packed,
+        grouped=("decoder", "encoder"),
+        saved_as="int4-weight-only",
+        devices=("cpu", "cuda"),
+        dtype=torch.bfloat16,
+    ),
 }
-# laid out as the kernels of a machine read them, so they are never written -> (devices, what to write instead)
-IN_MEMORY_SCHEMES: dict[str, tuple[tuple[str, ...], str]] = {
-    "int8-dynamic-cpu": (("cpu",), "int8-dynamic"),
-    "int8-int4-cpu": (("cpu",), "int8-dynamic"),
-    "int4-packed": (("cpu", "cuda"), "int4-weight-only"),
-}
-ALL_SCHEMES = (*SCHEMES, *IN_MEMORY_SCHEMES)
-ENCODER_BY_DEFAULT = {
-    "int8-dynamic": True,
-    "int8-weight-only": False,
-    "int4-weight-only": False,
-    "int8-dynamic-cpu": True,
-    "int8-int4-cpu": True,
-    "int4-packed": False,
-}
-GROUP_SIZES = dict.fromkeys(("int4-weight-only", "int4-packed", "int8-int4-cpu"), INT4_GROUP_SIZE)
-PACKED_INT4 = ("int4-packed", "int8-int4-cpu")
-_ENCODER = "model.vision_tower"
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -121,46 +153,46 @@ def quantize_(
             number format without kernels for it.
         ImportError: torchao is missing.
     """
-    if scheme not in ALL_SCHEMES:
-        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(ALL_SCHEMES)}")
+    check_scheme(scheme)
     if is_quantized(model):
         raise ValueError("the model is quantized already; quantize the folder it was made from")
-    chosen = _chosen_layers(model, ENCODER_BY_DEFAULT[scheme] if encoder is None else encoder)
+    how = SCHEMES[scheme]
+    chosen = _chosen_layers(model, how.encoder if encoder is None else encoder)
     _check_widths(chosen, scheme)
-    if scheme in IN_MEMORY_SCHEMES:
-        _check_kernels(model, scheme)
+    _check_kernels(model, scheme)
+    if how.saved_as is not None:
         model.register_state_dict_pre_hook(_refuse_to_save(scheme))
-    if scheme in ("int8-dynamic-cpu", "int8-int4-cpu"):
+    if how.layers is not None:
+        of_decoder, of_encoder = how.layers
         while chosen:  # emptied on the way, so that each float weight is let go
             name, linear = chosen.popitem()
-            layer: nn.Module = Int8Linear.from_float(linear)
-            if scheme == "int8-int4-cpu" and not name.startswith(_ENCODER):
-                layer = PromptAndTokenLinear(layer, _pack_int4(linear))
-            model.set_submodule(name, layer)
+            model.set_submodule(name, of_encoder(linear) if name.startswith(_ENCODER) else of_decoder(linear))
         if model.dtype.itemsize == 2:
             _use_exact_gelu(model)
         return model
-    torchao = _import_torchao()
-    recipe = _int4_packed(model.device) if scheme == "int4-packed" else SCHEMES[scheme]()
+    assert how.recipe is not None
+    torchao, recipe = _import_torchao(), how.recipe(model.device)
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
     torchao.quantize_(model, recipe, filter_fn=lambda module, name: name in chosen)
-    if scheme in SCHEMES:
+    if how.saved_as is None:
         _describe(model, recipe, kept)
     return model
 
 
+def check_scheme(scheme: str) -> None:
+    """Raises ValueError where there is no such scheme."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown quantization scheme {scheme!r}; use {', '.join(SCHEMES)}")
+
+
 def _check_widths(chosen: dict[str, nn.Linear], scheme: str) -> None:
-    group_size = GROUP_SIZES.get(scheme)
-    if group_size is None:
-        return
     for name, linear in chosen.items():
-        if scheme == "int8-int4-cpu" and name.startswith(_ENCODER):
-            continue
-        if linear.in_features % group_size:
+        part = "encoder" if name.startswith(_ENCODER) else "decoder"
+        if part in SCHEMES[scheme].grouped and linear.in_features % INT4_GROUP_SIZE:
             raise ValueError(
-                f"{name} reads {linear.in_features} values, which groups of {group_size} do not divide, so "
+                f"{name} reads {linear.in_features} values, which groups of {INT4_GROUP_SIZE} do not divide, so "
                 f"{scheme} cannot hold it; use int8-weight-only or int8-dynamic"
-                + (", or leave the encoder out" if name.startswith(_ENCODER) else "")
+                + (", or leave the encoder out" if part == "encoder" else "")
             )
     if scheme == "int4-weight-only":
         warnings.warn(
@@ -171,23 +203,23 @@ def _check_widths(chosen: dict[str, nn.Linear], scheme: str) -> None:
 
 
 def _check_kernels(model: FlashSlothForConditionalGeneration, scheme: str) -> None:
-    devices, saved_scheme = IN_MEMORY_SCHEMES[scheme]
-    if model.device.type not in devices:
+    how = SCHEMES[scheme]
+    if how.devices is not None and model.device.type not in how.devices:
         raise ValueError(
-            f"{scheme} has kernels for {' and '.join(devices)} only; use {saved_scheme} on {model.device}"
+            f"{scheme} has kernels for {' and '.join(how.devices)} only; use {how.saved_as} on {model.device}"
         )
-    if scheme in PACKED_INT4 and model.dtype != torch.bfloat16:
+    if how.dtype is not None and model.dtype != how.dtype:
+        wanted, found = (str(dtype).removeprefix("torch.") for dtype in (how.dtype, model.dtype))
         raise ValueError(
-            f"{scheme} multiplies in bfloat16, but the model is in {str(model.dtype).removeprefix('torch.')}; load "
-            "it with dtype bfloat16 (--dtype bfloat16)"
+            f"{scheme} multiplies in {wanted}, but the model is in {found}; load it with dtype {wanted} "
+            f"(--dtype {wanted})"
         )
 
 
 def _why_not_saved(scheme: str) -> str:
-    instead = IN_MEMORY_SCHEMES[scheme][1]
     return (
-        f"{scheme} is laid out for the kernels of one machine and cannot be saved; write {instead}, or use {scheme} "
-        f"in memory (flashsloth ask --quantize {scheme})"
+        f"{scheme} is laid out for the kernels of one machine and cannot be saved; write {SCHEMES[scheme].saved_as}, "
+        f"or use {scheme} in memory (flashsloth ask --quantize {scheme})"
     )
 
 
@@ -228,7 +260,8 @@ def quantize_folder(
     Raises:
         ValueError, OSError, ImportError: as in `quantize_` and `inference.load`; a destination in use.
     """
-    if scheme in IN_MEMORY_SCHEMES:
+    check_scheme(scheme)
+    if SCHEMES[scheme].saved_as is not None:
         raise ValueError(_why_not_saved(scheme))
     _import_torchao()
     source = hub.resolve(name)
@@ -252,13 +285,6 @@ def _chosen_layers(model: FlashSlothForConditionalGeneration, encoder: bool) -> 
     unsafe = {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
     wanted = {id(module) for part in parts for module in part.modules() if isinstance(module, nn.Linear)} - unsafe
     return {name: module for name, module in model.named_modules() if id(module) in wanted}
-
-
-def _pack_int4(linear: nn.Linear) -> nn.Linear:
-    """The layer with two weights a byte, for the kernel of CPUs."""
-    holder = nn.Sequential(linear)
-    _import_torchao().quantize_(holder, _int4_packed(linear.weight.device))
-    return holder[0]
 
 
 def _use_exact_gelu(model: FlashSlothForConditionalGeneration) -> None:

@@ -75,7 +75,7 @@ def bench_run(
     from flashsloth.bench.measured_tables import failures, machine_line, measured_markdown, measured_tables
     from flashsloth.bench.results import Measurement
     from flashsloth.files import write_whole
-    from flashsloth.quantization import ALL_SCHEMES
+    from flashsloth.quantization import SCHEMES
 
     from ..tables import print_table, table_console
     from .bench import parse_sizes
@@ -85,8 +85,8 @@ def bench_run(
     for name in dtypes:
         if name not in DTYPES:
             raise ValueError(f"--dtype has {name!r}; known are {', '.join(DTYPES)}")
-    if quantization is not None and quantization not in ALL_SCHEMES:
-        raise ValueError(f"--quantization is {quantization!r}; known are {', '.join(ALL_SCHEMES)}")
+    if quantization is not None and quantization not in SCHEMES:
+        raise ValueError(f"--quantization is {quantization!r}; known are {', '.join(SCHEMES)}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device is {device!r}; known are cpu and cuda")
     names = [name.strip() for name in models.split(",")]
