@@ -190,11 +190,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             attention_mask: (B, T) or longer with a cache; 1 = token.
             position_ids: (B, T) int64. Without mask and with use_cache=False, positions that start again begin another
                 packed sample, which shares neither attention nor images with those before it.
+            past_key_values, cache: the key-value cache, by its name before transformers 5.24 or the one since then.
             image_features: result of `get_image_features`, instead of `pixel_values`.
             image_positions: (B, K) int64, first placeholder of each image of the row, -1 where there is none.
             query_positions: (B, G) int64, first query token of each group, -1 where there is none.
             question_ids: (B, T) int64, g on the tokens of the question of the row's g-th group (from 1), else 0.
-            cache: `past_key_values` by the name it has from transformers 5.24 on; give one of the two.
             With a cache the last three describe the whole row, past tokens included; what is past is skipped.
 
         Raises:
