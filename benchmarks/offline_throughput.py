@@ -97,6 +97,9 @@ def batches(
     images: Annotated[int, typer.Option("--images", help="Rendered images, each with one question.", min=8)] = 500,
     batch_size: Annotated[int, typer.Option("--batch-size", help="As in `flashsloth run`.", min=1)] = 32,
     workers: Annotated[int, typer.Option("--workers", help="As in `flashsloth run`.", min=0)] = 1,
+    streams: Annotated[
+        int | None, typer.Option("--streams", help="As in `flashsloth run`.", min=1, show_default=False)
+    ] = None,
     rounds: Annotated[
         int, typer.Option("--rounds", help="Repetitions; the two take turns, each over all images.", min=1)
     ] = 3,
@@ -112,7 +115,7 @@ def batches(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         records = _render(folder, images)
-        settings = RunSettings(model, "cpu", dtype, batch_size, workers)
+        settings = RunSettings(model, "cpu", dtype, batch_size, workers, streams)
         session = inference.load(model, "cpu", dtype)
         for record in records[:8]:
             session.ask(list(record.images), record.question)
@@ -136,7 +139,14 @@ def batches(
     ratios = [run / ask for ask, run in zip(rates["ask"], rates["run"], strict=True)]
     report = {
         "machine": _machine(),
-        "settings": {"images": images, "batch_size": batch_size, "workers": workers, "model": model, "dtype": dtype},
+        "settings": {
+            "images": images,
+            "batch_size": batch_size,
+            "workers": workers,
+            "streams": streams,
+            "model": model,
+            "dtype": dtype,
+        },
         "images_per_second": {name: _spread(values) for name, values in rates.items()},
         "ratio": _spread(ratios),
         "answers_that_differ": different,
@@ -177,6 +187,7 @@ def _kill_and_resume(folder: Path, settings: RunSettings, expected: dict[str, st
     command = [sys.executable, "-m", "flashsloth_cli", "run", str(folder / "records.jsonl"), "-o", str(path)]
     command += ["--model", settings.model, "--dtype", settings.dtype, "--device", "cpu"]
     command += ["--batch-size", str(settings.batch_size), "--workers", str(settings.workers)]
+    command += ["--streams", str(settings.streams)] if settings.streams else []
     wanted = int(KILL_AFTER_LINES * len(expected))
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < wanted):

@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from flashsloth import inference
-from flashsloth.offline import Record, RunSettings, read_records, run_records
+from flashsloth.offline import Record, RunSettings, read_records, run_records, runner
 from flashsloth.offline.batches import answer, plan_batches, prepare
 from flashsloth.offline.output import AnswerFile
 from flashsloth_cli.main import main
@@ -87,6 +89,37 @@ def test_worker_processes_change_nothing(asked, tmp_path):
         settings = RunSettings(device="cpu", batch_size=4, workers=workers, max_new_tokens=4)
         run_records(records, tmp_path / f"{workers}.jsonl", settings)
     assert lines(tmp_path / "0.jsonl") == lines(tmp_path / "2.jsonl")
+
+
+def test_batches_side_by_side_change_nothing_but_their_order(asked, tmp_path):
+    records, threads = read_records(str(asked)), torch.get_num_threads()
+    found, together = [], set()
+
+    def seen(done: int, total: int) -> None:
+        together.add(sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()))
+
+    for streams in (1, 3):
+        settings = RunSettings(device="cpu", batch_size=2, workers=0, streams=streams, max_new_tokens=6)
+        run_records(records, tmp_path / f"{streams}.jsonl", settings, seen)
+        found.append(lines(tmp_path / f"{streams}.jsonl"))
+    assert found[0] == found[1] and together == {0, 3}
+    assert torch.get_num_threads() == threads
+
+
+def test_an_error_in_one_of_several_batches_stops_the_run(asked, tmp_path, monkeypatch):
+    def fail(session, batch, new_tokens):
+        if any(record.id == "q3" for record in batch.records):
+            raise RuntimeError("no memory left")
+        return answer(session, batch, new_tokens)
+
+    monkeypatch.setattr(runner, "answer", fail)
+    threads, settings = torch.get_num_threads(), RunSettings(device="cpu", batch_size=2, workers=0, streams=2)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run_records(read_records(str(asked)), tmp_path / "out.jsonl", settings)
+    assert "q3" not in lines(tmp_path / "out.jsonl") and torch.get_num_threads() == threads
+    monkeypatch.undo()
+    run_records(read_records(str(asked)), tmp_path / "out.jsonl", settings)
+    assert len(lines(tmp_path / "out.jsonl")) == 18
 
 
 def test_a_picture_is_encoded_once_a_batch(pictures):

@@ -2,18 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load
-from .batches import BatchPreparation, answer, plan_batches, prepare
+from .batches import BatchPreparation, PreparedBatch, answer, plan_batches, prepare
 from .output import AnswerFile
 from .records import Record
 
+STREAMS_OF_A_CPU = 2
 RAY_HINT = "a cluster needs Ray: pip install 'flashsloth[ray]'"
 Lines = list[dict[str, Any]]
 
@@ -27,6 +30,8 @@ class RunSettings:
         device, dtype: as in `flashsloth.inference.load`.
         batch_size: records asked at once.
         workers: processes that decode and resize images ahead of the model; 0 does it in between.
+        streams: batches answered side by side, each by its share of torch's threads; None is 2 on a CPU with several
+            threads where nothing is compiled, else 1.
         max_new_tokens: longest answer; default that of the model.
         retry_errors: ask again what failed in an earlier run.
         quantization, compile, share_equal_views: as in `flashsloth.inference.load`.
@@ -38,6 +43,7 @@ class RunSettings:
     dtype: str = "auto"
     batch_size: int = 32
     workers: int = 1
+    streams: int | None = None
     max_new_tokens: int | None = None
     retry_errors: bool = False
     ray_workers: int = 0
@@ -130,8 +136,38 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
         prefetch_factor=2 if settings.workers else None,
     )
     yield []
-    for batch in loader:
-        yield answer(session, batch, new_tokens)
+    streams = settings.streams
+    if streams is None:
+        splits = session.device.type == "cpu" and torch.get_num_threads() > 1 and not settings.compile
+        streams = STREAMS_OF_A_CPU if splits else 1
+    if streams == 1:
+        for batch in loader:
+            yield answer(session, batch, new_tokens)
+    else:
+        yield from _side_by_side(loader, streams, lambda batch: answer(session, batch, new_tokens))
+
+
+def _side_by_side(
+    batches: Iterable[PreparedBatch], streams: int, ask: Callable[[PreparedBatch], Lines]
+) -> Iterator[Lines]:
+    """Lines of each batch as it is finished, `streams` at a time.
+
+    One batch leaves cores idle, since much of its work is too small to be split over them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // streams))
+    pool = ThreadPoolExecutor(streams)
+    try:
+        asked: set[Future[Lines]] = set()
+        for batch in batches:
+            asked.add(pool.submit(ask, batch))
+            if len(asked) > streams:  # one waits its turn, so that no stream waits for the data
+                done, asked = wait(asked, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(asked))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 class RayWorker:

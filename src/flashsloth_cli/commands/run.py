@@ -34,6 +34,10 @@ def run(
     share_equal_views: options.ShareEqualViews = False,
     batch_size: Annotated[int, typer.Option(help="Records asked at once.", min=1)] = 32,
     workers: Annotated[int, typer.Option(help="Processes that decode images ahead of the model.", min=0)] = 1,
+    streams: Annotated[
+        int | None,
+        typer.Option(help="Batches answered side by side; default 2 on a CPU, else 1.", min=1, show_default=False),
+    ] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed before.")] = False,
     ray: Annotated[
         int, typer.Option(help="Copies of the model on a Ray cluster (RAY_ADDRESS, else this machine).", min=0)
@@ -68,6 +72,7 @@ def run(
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
+        streams=streams,
         max_new_tokens=max_new_tokens,
         retry_errors=retry_errors,
         ray_workers=ray,
