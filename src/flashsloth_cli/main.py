@@ -8,6 +8,7 @@ code is 2.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -19,6 +20,8 @@ from typer.core import TyperCommand, TyperGroup
 
 DEBUG_VARIABLE = "FLASHSLOTH_DEBUG"
 USER_ERROR = 2
+# what they warn of while they are imported, kernels for other machines and deprecations, is nothing a user could mend
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 # name -> ("module:function or Typer app", one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -108,6 +111,9 @@ def _root(
     """
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    if not os.environ.get(DEBUG_VARIABLE):
+        for name in NOISY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _out_of_memory(error: Exception) -> bool:
