@@ -11,6 +11,7 @@ from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from flashsloth import compilation, inference
 from flashsloth.compilation import CACHE_STEP, check_compiler
 from flashsloth.inference import FlashSloth, load
+from flashsloth.int8_linear import Int8Linear, onednn_available
 from flashsloth.offline import Record, RunSettings, run_records
 from flashsloth_cli.main import main
 from tiny_session import noise_image, tiny_folder
@@ -132,6 +133,14 @@ def test_a_bad_image_is_refused_before_anything_is_compiled(capsys: pytest.Captu
     assert main(["ask", "absent.png", "what?", "--device", "cpu", "--compile"]) == 2
     err = capsys.readouterr().err
     assert "absent.png" in err and "compiled" not in err
+
+
+@pytest.mark.skipif(not onednn_available(), reason="this processor has no VNNI")
+@torch.inference_mode()
+def test_an_int8_layer_compiles_to_the_same_numbers() -> None:
+    torch._dynamo.reset()
+    layer, values = Int8Linear.from_float(torch.nn.Linear(64, 32)), torch.randn(2, 5, 64)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(values), layer(values))
 
 
 @pytest.mark.slow
