@@ -8,6 +8,7 @@ import pickle
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,6 +29,7 @@ from flashsloth.synthetic import (
     render,
     scenes,
 )
+from flashsloth.synthetic.charts import CHART_TASKS
 from flashsloth.synthetic.colours import COLOURS
 from flashsloth.synthetic.photos import CLASS_NAMES, DIRECTORY_VARIABLE
 from flashsloth.synthetic.scenes import HELD_OUT_PAIRS
@@ -330,6 +332,22 @@ def test_dataset_items_are_chat_messages(photos: Photographs) -> None:
         items[12]
 
 
+def test_a_task_is_asked_less_where_its_share_says_so(photos: Photographs) -> None:
+    shares = {"chart_kind": 0.0, "chart_value": 0.5}
+
+    def tasks_of(**options: Any) -> list[list[str]]:
+        items = SyntheticDataset("train", 60, seed=4, weights={"charts": 1}, turns=5, photos=photos, **options)
+        return [items[index]["tasks"] for index in range(60)]
+
+    plain, fewer = tasks_of(), tasks_of(question_shares=shares)
+    assert tasks_of(question_shares={}) == plain != fewer == tasks_of(question_shares=shares)
+    count = {name: (sum(plain, []).count(name), sum(fewer, []).count(name)) for name in CHART_TASKS}
+    assert count["chart_kind"][0] > 5 and count["chart_kind"][1] == 0
+    assert count["chart_compare"][1] > count["chart_compare"][0]  # takes the place
+    assert max(map(len, fewer)) == 5 and sum(map(len, fewer)) > 0.95 * sum(map(len, plain))
+    assert all(tasks_of(question_shares=dict.fromkeys(CHART_TASKS, 0.0)))  # one question at least
+
+
 def test_a_pickled_dataset_gives_the_same_items(photos: Photographs) -> None:
     items = SyntheticDataset("test", 8, seed=2, photos=photos)
     before = [items[index] for index in range(8)]
@@ -375,6 +393,10 @@ def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         SyntheticDataset("valid", 1)
     with pytest.raises(ValueError, match="positive weight"):
         SyntheticDataset("train", 1, weights={"scenes": 0})
+    with pytest.raises(ValueError, match="names the task 'chart_colour'; the tasks are scene_exists"):
+        SyntheticDataset("train", 1, question_shares={"chart_colour": 0.5})
+    with pytest.raises(ValueError, match=r"question_shares\['chart_kind'\] is 2; it must be between 0 and 1"):
+        SyntheticDataset("train", 1, question_shares={"chart_kind": 2})
     with pytest.raises(ValueError, match=r"train\.parquet does not exist"):
         Photographs(tmp_path).count("train")
     monkeypatch.setitem(fonts.FACES, "absent", ("no_such_package", "files/a.ttf"))

@@ -27,6 +27,8 @@ class SyntheticData:
     """Share of each family."""
     photos: str | None = None
     """Folder (or environment variable, written `$NAME`) of the CIFAR-10 parquet files, for the photo family."""
+    question_shares: dict[str, Fraction] = Field(default_factory=dict)
+    """Of the questions of a task, the share that is asked: less of what is learned leaves room for the rest."""
 
 
 @dataclass(config=STRICT, kw_only=True)

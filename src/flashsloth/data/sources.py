@@ -39,6 +39,7 @@ class SyntheticSamples(Dataset):
             image_size=image_size,
             turns=turns,
             photos=Photographs(resolve_folder(source.photos)),
+            question_shares=source.question_shares,
         )
 
     def __len__(self) -> int:

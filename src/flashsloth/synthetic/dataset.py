@@ -20,6 +20,7 @@ FAMILIES: dict[str, Callable[..., Sample]] = {
 FAMILY_IDS = {"scenes": 0, "charts": 1, "text": 2, "photos": 3, "pages": 4}
 # what a model is asked for and scored on; pages serve to practise reading
 DEFAULT_FAMILIES = ("scenes", "charts", "text", "photos")
+SPARE_TURNS = 3  # questions drawn for one that is asked, where some tasks are asked less
 TASKS: dict[str, tuple[str, ...]] = {
     "scenes": SCENE_TASKS,
     "charts": CHART_TASKS,
@@ -80,6 +81,8 @@ class SyntheticDataset:
         image_size: width and height in pixels.
         turns: questions an image.
         photos: the photographs of the `photos` family; default `Photographs()`.
+        question_shares: of the questions of a task, the share that is asked, 0 to 1; 1 for tasks that are not named.
+            Others take the place of those left out, as far as the image allows.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class SyntheticDataset:
         image_size: int = REFERENCE_SIZE,
         turns: int = 6,
         photos: Photographs | None = None,
+        question_shares: Mapping[str, float] | None = None,
     ) -> None:
         split_id(split)
         weights = dict.fromkeys(DEFAULT_FAMILIES, 1.0) if weights is None else dict(weights)
@@ -100,6 +104,13 @@ class SyntheticDataset:
                 raise ValueError(f"weights[{family!r}] is {weight}; it must not be negative.")
         if size < 0 or not any(weights.values()):
             raise ValueError(f"size {size} and weights {weights}: need a size of 0 or more and a positive weight.")
+        self.question_shares = dict(question_shares or {})
+        for task, share in self.question_shares.items():
+            if not any(task in tasks for tasks in TASKS.values()):
+                names = ", ".join(name for tasks in TASKS.values() for name in tasks)
+                raise ValueError(f"question_shares names the task {task!r}; the tasks are {names}.")
+            if not 0 <= share <= 1:
+                raise ValueError(f"question_shares[{task!r}] is {share}; it must be between 0 and 1.")
         self.split, self.size, self.seed = split, size, seed
         self.weights = weights
         self.image_size, self.turns = image_size, turns
@@ -116,7 +127,12 @@ class SyntheticDataset:
         family = rng.choices(list(self.weights), list(self.weights.values()))[0]
         # even seeds train, odd seeds test
         seed = 2 * rng.getrandbits(62) + split_id(self.split)
-        return render(family, seed, self.split, image_size=self.image_size, turns=self.turns, photos=self.photos)
+        turns = self.turns * (SPARE_TURNS if self.question_shares else 1)
+        sample = render(family, seed, self.split, image_size=self.image_size, turns=turns, photos=self.photos)
+        if self.question_shares:
+            asked = [turn for turn in sample.turns if rng.random() < self.question_shares.get(turn.task, 1.0)]
+            sample.turns = (asked or sample.turns[:1])[: self.turns]
+        return sample
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.sample(index)
