@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.train.build import build
 from flashsloth.train.freeze import PART_NAMES, part_of
 from flashsloth.train.recipe import Recipe, load_recipe, parse_recipe
 from flashsloth.train.run import run
+from flashsloth.train.trainer import StageTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEBUG = CONFIGS / "debug" / "two_stages.yaml"
@@ -76,6 +77,27 @@ def test_a_stage_trains_its_parts_and_leaves_the_others_bit_identical(tmp_path, 
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]) == (name not in expected), name
+
+
+def test_operations_are_counted_as_the_trainer_counts_them(tmp_path, monkeypatch):
+    """But without a walk over all parameters at every step."""
+    counted, walks = [], []
+    ours, theirs = StageTrainer.floating_point_ops, Trainer.floating_point_ops
+    count = FlashSlothForConditionalGeneration.num_parameters
+
+    def both(trainer, inputs):
+        counted.append((ours(trainer, inputs), theirs(trainer, inputs)))
+        return counted[-1][0]
+
+    def walk(model, **options):
+        walks.append(options)
+        return count(model, **options)
+
+    monkeypatch.setattr(StageTrainer, "floating_point_ops", both)
+    monkeypatch.setattr(FlashSlothForConditionalGeneration, "num_parameters", walk)
+    run(tiny_recipe(tmp_path / "run", {"name": "finetune", "template": "chat", "train": ["projector"]}, None))
+    assert len(counted) == len(walks) - 1 > 1
+    assert all(mine == other > 0 for mine, other in counted)
 
 
 def test_the_recipes_cover_both_kinds_of_stages():

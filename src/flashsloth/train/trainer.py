@@ -109,6 +109,7 @@ class StageTrainer(Trainer):
     def __init__(self, *args: Any, stage: StageRecipe, **kwargs: Any) -> None:
         self.stage = stage
         self._staging: Path | None = None
+        self._parameter_count: int | None = None
         super().__init__(*args, **kwargs)
         self.glyph_supervision = GlyphSupervision(self.model) if stage.glyph_loss else None
         self.add_callback(EveryPartTakesPart())
@@ -178,6 +179,12 @@ class StageTrainer(Trainer):
         share = self.stage.glyph_loss / self.args.gradient_accumulation_steps
         glyph_loss = share * self.glyph_supervision.loss(glyphs_BG3)
         return (result[0] + glyph_loss, result[1]) if isinstance(result, tuple) else result + glyph_loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # the Trainer's own walks over every parameter at every step
+        if self._parameter_count is None:
+            self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * self._parameter_count * inputs["input_ids"].numel()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
