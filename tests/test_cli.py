@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flashsloth
+import flashsloth_cli.main as cli
+from flashsloth import cpu_kernels
 from flashsloth_cli.main import COMMANDS, main
 from tiny_session import noise_image, tiny_folder
 
@@ -337,3 +339,27 @@ def test_convert_copies_what_is_converted_already(
     destination = tmp_path / "copy"
     assert run(capsys, "convert", folder, destination)[0] == 0
     assert run(capsys, "ask", image, "what?", "-m", destination, "--max-new-tokens", 2)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are Linux's")
+def test_the_console_script_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: torch reads the variable once, when it makes its first tensor."""
+    variable = cli.HUGE_PAGES_VARIABLE
+    assert variable == cpu_kernels.HUGE_PAGES_VARIABLE
+    monkeypatch.delenv(variable, raising=False)
+    code = (
+        "import flashsloth_cli.main as cli\n"
+        "def main():\n"
+        "    import torch\n"
+        "    tensor = torch.ones(2**24)\n"
+        "    print(open('/proc/self/smaps').read().count(' hg'))\n"  # mappings with the advice
+        "cli.main = main\n"
+        "cli.entry_point()"
+    )
+    found = []
+    for value in (None, "0"):
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        found.append(int(process.stdout))
+    assert found[0] > found[1] == 0

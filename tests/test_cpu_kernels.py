@@ -121,6 +121,26 @@ def test_attention_by_products_is_attention(dtype):
     assert (masked - found).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("key_heads", [6, 2, 1])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_a_single_query_sees_every_key(key_heads, masked, monkeypatch):
+    """As a step of an answer: one query, keys of a cache, heads that share them, rows padded on the left."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cpu_kernels, "sdpa_attention_forward", None)  # so that only the products can answer
+    query = torch.randn(2, 1, 6, 8).transpose(1, 2)
+    key, value = torch.randn(2, 2, key_heads, 9, 8)
+    seen = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    seen[1, :, :, :4] = False
+    mask = {None: None, "bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))}[masked]
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_KEYS", key.numel())
+    found, _ = matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
+    expected = functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_KEYS", key.numel() + 1)
+    with pytest.raises(TypeError):
+        matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
+
+
 def test_int8_layers_of_torchao_keep_their_numbers():
     pytest.importorskip("torchao")
     model = quantize_(tiny_model(), "int8-dynamic")

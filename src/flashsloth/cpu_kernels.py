@@ -40,8 +40,12 @@ MATMUL_ATTENTION = "matmul"
 X86 = ("x86_64", "AMD64")
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
 _SCORES = 2**21  # numbers between two products; more of them leave the cache
+_FEWEST_KEYS = 2**17  # numbers in the keys that a single query reads; below that the fused kernel is quicker
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
+# torch's allocator reads it when it first allocates, and then asks Linux for huge pages: a step of an answer reads
+# every weight, and looking up small pages costs it a fifth of its time
+HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"
 _SMALLEST_WEIGHT = 2**19  # numbers of a decoder's layer; below that a step costs more than the layout saves
 
 
@@ -220,27 +224,38 @@ def matmul_attention(
 ) -> tuple[Tensor, None]:
     """Attention by two matrix products and a softmax, in the dtype of its inputs; causal as transformers' sdpa is.
 
-    PyTorch's fused kernel takes over where there is a mask, dropout, a gradient, a cache in use or shared key heads.
+    PyTorch's fused kernel takes over where there is dropout or a gradient, for a single query over few keys, and for
+    several queries where there is a mask, a cache in use or shared key heads.
 
     Returns:
         (B, T, H, W), and None for the weights.
     """
-    if attention_mask is not None or dropout or query_BHTW.requires_grad or query_BHTW.shape != key_BHTW.shape:
+    rows, heads, positions, width = query_BHTW.shape
+    if positions == 1:  # a step of an answer: query heads that share a key head are rows of one product
+        fits = key_BHTW.numel() >= _FEWEST_KEYS and (attention_mask is None or attention_mask.shape[1] == 1)
+    else:
+        fits = attention_mask is None and query_BHTW.shape == key_BHTW.shape
+    if dropout or query_BHTW.requires_grad or not fits:
         return sdpa_attention_forward(
             module, query_BHTW, key_BHTW, value_BHTW, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    rows, heads, positions, width = query_BHTW.shape
-    query, key, value = (tensor.reshape(-1, positions, width) for tensor in (query_BHTW, key_BHTW, value_BHTW))
-    query = query * (width**-0.5 if scaling is None else scaling)
+    key, value = key_BHTW.flatten(0, 1), value_BHTW.flatten(0, 1)
+    query = query_BHTW.reshape(len(key), -1, width) * (width**-0.5 if scaling is None else scaling)
+    bias = query.new_zeros(1, 1, 1)
     causal = kwargs.get("is_causal")
-    ahead = query.new_zeros(1, 1)
-    if positions > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
-        ahead = query.new_full((positions, positions), float("-inf")).triu_(1)
-    mixed = torch.empty_like(value, memory_format=torch.contiguous_format)
-    step = max(1, _SCORES // positions**2)
-    for start in range(0, rows * heads, step):
+    if attention_mask is not None:
+        bias = attention_mask
+        if bias.dtype == torch.bool:
+            bias = query.new_zeros(bias.shape).masked_fill_(~bias, float("-inf"))
+        bias = bias.expand(-1, key_BHTW.shape[1], -1, -1).flatten(0, 1)
+    elif positions > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        bias = query.new_full((1, positions, positions), float("-inf")).triu_(1)
+    bias = bias.expand(len(key), -1, -1)
+    mixed = torch.empty_like(query)
+    step = max(1, _SCORES // (query.shape[1] * key.shape[1]))
+    for start in range(0, len(key), step):
         some = slice(start, start + step)
-        scores = torch.baddbmm(ahead, query[some], key[some].transpose(1, 2))
+        scores = torch.baddbmm(bias[some], query[some], key[some].transpose(1, 2))
         torch.bmm(functional.softmax(scores, dim=-1), value[some], out=mixed[some])
     mixed_BHTW = mixed.view(rows, heads, positions, width)
     return mixed_BHTW.transpose(1, 2).contiguous(), None

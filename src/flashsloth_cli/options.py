@@ -59,9 +59,8 @@ def load_session(
     from flashsloth.cpu_kernels import keep_freed_memory
     from flashsloth.inference import load
 
-    keep_freed_memory()
     logging.disable_progress_bar()
-    return load(
+    session = load(
         model,
         device=device,
         dtype=dtype,
@@ -69,6 +68,8 @@ def load_session(
         compile=compiled,
         share_equal_views=share_equal_views,
     )
+    keep_freed_memory()  # now that weights in another layout are gone
+    return session
 
 
 def compile_now(session: FlashSloth, images: list[str], max_new_tokens: int | None) -> None:
