@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 
 import pytest
 import torch
@@ -69,6 +70,48 @@ def test_every_stage_of_an_own_model_is_timed_and_weighed():
     assert result.parameter_bytes == 4 * sum(p.numel() for p in TINY.build().parameters())
     assert result.cache_bytes == 2 * 17 * 4 * (2 * 16) * 4  # prompts, positions, layers, key and value, bytes
     assert result.flops["encode"] == 4 * TINY.dissect(TINY.on_meta()).vision_flops(fixed(6, 4)(50, 40))
+
+
+def test_decoding_is_held_against_the_rate_of_reading_beside_it(monkeypatch):
+    rates = iter([10.0, 30.0, 40.0, 60.0])
+
+    class Reading:
+        def __init__(self, dtype: str, device: str) -> None:
+            assert (dtype, device) == ("float32", "cpu")
+
+        def measure(self) -> float:
+            return next(rates)
+
+    monkeypatch.setattr(worker, "ReadingRate", Reading)
+    monkeypatch.setattr(worker, "READ_BYTES", 0)
+    result = measure(SETTINGS, ROOFLINE, repetitions=2, warm_up=1, allow_load=True)
+    assert result.read_rates == [20.0, 50.0] and next(rates, None) is None
+    read = 4 * (32 * 64 + sum(p.numel() for p in TINY.dissect(TINY.build()).layers.parameters())) + result.cache_bytes
+    first, second = result.stages["decode_per_token"].samples
+    share = read / ((first * 20 + second * 50) / 2)
+    assert result.share_of_roofline["decode_per_token"] == pytest.approx(share)
+    assert set(result.stages) == set(STAGES)
+
+
+def test_the_rate_of_reading_is_that_of_the_roofline(monkeypatch):
+    monkeypatch.setattr(machine, "READ_BYTES", 2**20)
+    monkeypatch.setattr(machine, "_times", lambda work, device: [0.5, 0.25])
+    assert machine.ReadingRate("float32", "cpu").measure() == 2**20 / 0.25
+    assert machine.measure_roofline("float32", "cpu", 1).bandwidth_bytes_per_second == 2**20 / 0.25
+
+
+@pytest.mark.parametrize(("kernels", "pages"), [("packed", "1"), ("torch", None)])
+def test_huge_pages_belong_to_the_packed_kernels(kernels, pages, monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # as the command line sets it
+    seen = []
+
+    def run(command, env, **options):
+        seen.append(env.get("THP_MEM_ALLOC_ENABLE"))
+        return subprocess.CompletedProcess(command, 1, stderr="no")
+
+    monkeypatch.setattr(measured.subprocess, "run", run)
+    measure_in_process(dataclasses.replace(SETTINGS, kernels=kernels), ROOFLINE, 1, 1, True)
+    assert seen == [pages]
 
 
 def test_the_stages_really_run_the_model():

@@ -96,8 +96,8 @@ def other_load(before: Reading, after: Reading) -> float:
     return max(0.0, (after.everybody - before.everybody) - (after.own - before.own)) / available
 
 
-def _best(work: Callable[[], torch.Tensor], device: str) -> float:
-    """Shortest seconds of some rounds."""
+def _times(work: Callable[[], torch.Tensor], device: str) -> list[float]:
+    """Seconds of some rounds, after one that does not count."""
     times = []
     for _ in range(_ROUNDS + 1):
         synchronize(device)
@@ -105,7 +105,7 @@ def _best(work: Callable[[], torch.Tensor], device: str) -> float:
         work()
         synchronize(device)
         times.append(time.perf_counter() - begun)
-    return min(times[1:])
+    return times[1:]
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
@@ -116,6 +116,26 @@ def _products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], torc
         layer.weight = torch.nn.Parameter(right, requires_grad=False)
         ways.append(functools.partial(PackedLinear(layer).forward, left))
     return ways
+
+
+class ReadingRate:
+    """The rate of reading a matrix larger than any cache, which it holds.
+
+    Args:
+        dtype: key of `inference.DTYPES`.
+    """
+
+    def __init__(self, dtype: str, device: str) -> None:
+        kind = DTYPES[dtype]
+        self.device = device
+        matrix = torch.ones(READ_BYTES // READ_WIDTH // kind.itemsize, READ_WIDTH, device=device, dtype=kind)
+        row = torch.ones(1, READ_WIDTH, device=device, dtype=kind)
+        # read as a decoder reads its weights, a product of a large matrix and one row; and by a plain sum
+        self._ways = [*_products(row, matrix), matrix.view(torch.int32).sum]
+
+    def measure(self) -> float:
+        """Bytes a second, the best of some rounds of the fastest way."""
+        return READ_BYTES / min(min(_times(work, self.device)) for work in self._ways)
 
 
 def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
@@ -131,13 +151,8 @@ def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
     for shape in MATRIX_SIZES * _PASSES:
         rows, inner, columns = shape
         left, right = (torch.randn(size, inner, device=device).to(kind) for size in (rows, columns))
-        seconds = min(_best(work, device) for work in _products(left, right))
+        seconds = min(min(_times(work, device)) for work in _products(left, right))
         found = 2 * rows * inner * columns / seconds
         if found > rate:
             rate, best_shape = found, shape
-    # read as a decoder reads its weights, a product of a large matrix and one row; and by a plain sum
-    matrix = torch.ones(READ_BYTES // READ_WIDTH // kind.itemsize, READ_WIDTH, device=device, dtype=kind)
-    row = torch.ones(1, READ_WIDTH, device=device, dtype=kind)
-    product = min(_best(work, device) for work in _products(row, matrix))
-    total = _best(matrix.view(torch.int32).sum, device)
-    return Roofline(device, dtype, threads, rate, READ_BYTES / min(product, total), best_shape)
+    return Roofline(device, dtype, threads, rate, ReadingRate(dtype, device).measure(), best_shape)

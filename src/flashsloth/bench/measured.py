@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from flashsloth.cpu_kernels import chosen_kernels
+from flashsloth.cpu_kernels import HUGE_PAGES_VARIABLE, chosen_kernels
 
 from .machine import LARGEST_OTHER_LOAD, commit, machine_card, measure_roofline, other_load, read_load
 from .report import versions
@@ -113,7 +114,13 @@ def measure_in_process(
         options = {"repetitions": repetitions, "warm_up": warm_up, "allow_load": allow_load}
         source.write_text(json.dumps({**job, **options}))
         command = [sys.executable, "-m", "flashsloth.bench.worker", str(source), str(target)]
-        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        # huge pages are part of the fast path, as our command line has them, and not of torch's
+        environment = {name: value for name, value in os.environ.items() if name != HUGE_PAGES_VARIABLE}
+        if settings.kernels == "packed":
+            environment[HUGE_PAGES_VARIABLE] = "1"
+        process = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        )
         if target.exists():
             return TypeAdapter(Measurement).validate_json(target.read_text())
     last = next((line for line in reversed(process.stderr.splitlines()) if line.strip()), "no message")

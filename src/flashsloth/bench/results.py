@@ -129,7 +129,9 @@ class Measurement:
         peak_memory_bytes: resident set on CPU, allocated memory on CUDA.
         peak_above_weights_bytes: how much of it came on top of the loaded model.
         flops: of the batch, by stage, from the static tier.
-        share_of_roofline: by stage, 1.0 is the roofline.
+        share_of_roofline: by stage, 1.0 is the roofline; of decoding, the median over the repetitions.
+        read_rates: bytes a second of reading, beside each repetition; decoding is held against them where they were
+            measured (weights that no cache holds), else against the roofline.
         discarded: repetitions thrown away because other processes took too much of the processor.
         under_load: measured although the machine was busy; not to be compared.
         error: why there is no measurement, in one line.
@@ -149,6 +151,7 @@ class Measurement:
     share_of_roofline: dict[str, float] = field(default_factory=dict)
     discarded: int = 0
     under_load: bool = False
+    read_rates: list[float] = field(default_factory=list)
     error: str | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from flashsloth.quantization import quantize_
 from flashsloth.study.measure import peak_resident_bytes
 
 from .arithmetic import prefill_flops
-from .machine import LARGEST_OTHER_LOAD, Reading, other_load, read_load
+from .machine import LARGEST_OTHER_LOAD, READ_BYTES, Reading, ReadingRate, other_load, read_load
 from .memory import cache_bytes
 from .models import BenchModel, model_named
 from .results import Measurement, Roofline, Settings, Stage
@@ -31,6 +33,7 @@ from .stock import STOCK
 
 # a machine that is never quiet is reported, not waited for
 MOST_DISCARDED = 3
+READ_RATE = "read_rate"
 
 
 def entry_of(settings: Settings) -> BenchModel:
@@ -142,8 +145,12 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
     first = time.perf_counter() - begun
     for _ in range(warm_up - 1):
         stages.run()
-    seconds, discarded, loaded = repeat(stages.run, repetitions, allow_load)
     peak = _peak(settings.device)
+    # not for weights that a cache may hold: it would empty the cache
+    rate = ReadingRate(settings.dtype, settings.device) if held_bytes([model]) > READ_BYTES else None
+    run = stages.run if rate is None else partial(_between_readings, stages.run, rate)
+    seconds, discarded, loaded = repeat(run, repetitions, allow_load)
+    read_rates = seconds.pop(READ_RATE, [])
     config, count = parts.text_config, settings.batch * settings.images
     cached = stages.prompt_tokens + settings.output_tokens - 1
     cache = settings.batch * cache_bytes(config, cached, dtype.itemsize)
@@ -164,7 +171,9 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
         layers = [layer for part in parts.layers for layer in part.modules()]
         idle = held_bytes([layer.prompt for layer in layers if isinstance(layer, PromptAndTokenLinear)])
         read = held_bytes([*parts.layers, parts.head]) - idle + cache
-        shares["decode_per_token"] = read / found["decode_per_token"].median / roofline.bandwidth_bytes_per_second
+        rates = read_rates or [roofline.bandwidth_bytes_per_second] * repetitions
+        pairs = zip(found["decode_per_token"].samples, rates, strict=True)
+        shares["decode_per_token"] = read / statistics.median(step * rate for step, rate in pairs)
     return Measurement(
         settings=settings,
         stages=found,
@@ -178,8 +187,16 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
         share_of_roofline=shares,
         discarded=discarded,
         under_load=loaded,
+        read_rates=read_rates,
         notes=[f"the first run, with all one-time cost, took {first:.2f} s"],
     )
+
+
+def _between_readings(run: Callable[[], dict[str, float]], rate: ReadingRate) -> dict[str, float]:
+    """The laps of a run and the mean rate of reading before and after it: a shared machine's changes by the minute."""
+    before = rate.measure()
+    laps = run()
+    return {**laps, READ_RATE: (before + rate.measure()) / 2}
 
 
 def _peak(device: str) -> int:
