@@ -35,7 +35,7 @@ def bench_run(
         str | None, typer.Option(help="A scheme of `flashsloth quantize`, for our own models.", show_default=False)
     ] = None,
     kernels: Annotated[
-        str, typer.Option(help="auto, torch or packed: of our own models on a CPU, as in flashsloth ask.")
+        str, typer.Option(help="auto, torch or packed (in huge pages), of our own models on a CPU as in `ask`.")
     ] = "auto",
     stock: Annotated[
         bool, typer.Option("--stock", help="Measure plain assemblies of transformers' parts instead.")
