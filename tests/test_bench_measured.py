@@ -83,7 +83,7 @@ def test_decoding_is_held_against_the_rate_of_reading_beside_it(monkeypatch):
             return next(rates)
 
     monkeypatch.setattr(worker, "ReadingRate", Reading)
-    monkeypatch.setattr(worker, "READ_BYTES", 0)
+    monkeypatch.setattr(worker, "READ_BYTES", {"cpu": 0})
     result = measure(SETTINGS, ROOFLINE, repetitions=2, warm_up=1, allow_load=True)
     assert result.read_rates == [20.0, 50.0] and next(rates, None) is None
     read = 4 * (32 * 64 + sum(p.numel() for p in TINY.dissect(TINY.build()).layers.parameters())) + result.cache_bytes
@@ -94,7 +94,7 @@ def test_decoding_is_held_against_the_rate_of_reading_beside_it(monkeypatch):
 
 
 def test_the_rate_of_reading_is_that_of_the_roofline(monkeypatch):
-    monkeypatch.setattr(machine, "READ_BYTES", 2**20)
+    monkeypatch.setattr(machine, "READ_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(machine, "_times", lambda work, device: [0.5, 0.25])
     assert machine.ReadingRate("float32", "cpu").measure() == 2**20 / 0.25
     assert machine.measure_roofline("float32", "cpu", 1).bandwidth_bytes_per_second == 2**20 / 0.25

@@ -37,18 +37,20 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(f"compiling is for cpu and cuda, not for {device.type}; leave --compile out")
 
 
-def compile_part(part: nn.Module, device: torch.device, dynamic: bool | None) -> None:
+def compile_part(part: nn.Module, device: torch.device, dynamic: bool | None, cuda_graphs: bool = False) -> None:
     """Compile the forward pass of a module in place, at its next call.
 
     Args:
         device: where the module runs.
         dynamic: False compiles anew for every shape, None for a second one and then for all.
+        cuda_graphs: on a GPU, record the launches of a call and replay them; the next call overwrites what this one
+            returned, and a cache must stay where it is in memory.
 
     Raises:
         ValueError: as in `check_compiler`.
     """
     check_compiler(device)
-    part.compile(dynamic=dynamic)
+    part.compile(dynamic=dynamic, mode="reduce-overhead" if cuda_graphs and device.type == "cuda" else None)
 
 
 def decoding_config(device: torch.device) -> CompileConfig:

@@ -24,8 +24,12 @@ except ImportError as error:
     raise ImportError("measuring needs psutil; install it with: pip install 'flashsloth[bench]'") from error
 
 LARGEST_OTHER_LOAD = 0.1  # share of the CPU that other processes may take during a repetition
-MATRIX_SIZES = ((512, 2560, 10240), (1024, 2048, 8192), (2048, 2048, 2048))
-READ_BYTES, READ_WIDTH = 2**29, 4096
+# by device: a GPU is done with what keeps a CPU busy before it has been asked for the next
+MATRIX_SIZES = {
+    "cpu": ((512, 2560, 10240), (1024, 2048, 8192), (2048, 2048, 2048)),
+    "cuda": ((4096, 4096, 16384), (8192, 8192, 8192)),
+}
+READ_BYTES, READ_WIDTH = {"cpu": 2**29, "cuda": 2**32}, 4096
 _ROUNDS = 5
 _PASSES = 4  # over all shapes: a slow second must not decide
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
@@ -128,14 +132,15 @@ class ReadingRate:
     def __init__(self, dtype: str, device: str) -> None:
         kind = DTYPES[dtype]
         self.device = device
-        matrix = torch.ones(READ_BYTES // READ_WIDTH // kind.itemsize, READ_WIDTH, device=device, dtype=kind)
+        self.bytes = READ_BYTES[device]
+        matrix = torch.ones(self.bytes // READ_WIDTH // kind.itemsize, READ_WIDTH, device=device, dtype=kind)
         row = torch.ones(1, READ_WIDTH, device=device, dtype=kind)
         # read as a decoder reads its weights, a product of a large matrix and one row; and by a plain sum
         self._ways = [*_products(row, matrix), matrix.view(torch.int32).sum]
 
     def measure(self) -> float:
         """Bytes a second, the best of some rounds of the fastest way."""
-        return READ_BYTES / min(min(_times(work, self.device)) for work in self._ways)
+        return self.bytes / min(min(_times(work, self.device)) for work in self._ways)
 
 
 def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
@@ -147,8 +152,8 @@ def measure_roofline(dtype: str, device: str, threads: int) -> Roofline:
     if device == "cpu":
         torch.set_num_threads(threads)
     kind = DTYPES[dtype]
-    rate, best_shape = 0.0, MATRIX_SIZES[0]
-    for shape in MATRIX_SIZES * _PASSES:
+    rate, best_shape = 0.0, MATRIX_SIZES[device][0]
+    for shape in MATRIX_SIZES[device] * _PASSES:
         rows, inner, columns = shape
         left, right = (torch.randn(size, inner, device=device).to(kind) for size in (rows, columns))
         seconds = min(min(_times(work, device)) for work in _products(left, right))

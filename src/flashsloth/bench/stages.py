@@ -212,8 +212,11 @@ class Stages:
         else:
             raise ValueError(f"{case.model} is in the static tier only: its vision side is not run here")
         if case.compile:
-            for part in (parts.vision, parts.language_model):
-                compile_part(part, torch.device(case.device), dynamic=False)
+            device = torch.device(case.device)
+            compile_part(parts.vision, device, dynamic=False)
+            compile_part(parts.language_model, device, dynamic=False, cuda_graphs=True)
+            room = self.prompt_tokens + case.output_tokens
+            self.static_cache = StaticCache(config=parts.text_config, max_cache_len=room)
 
     def _prepare_own(self) -> None:
         from PIL import Image
@@ -232,10 +235,10 @@ class Stages:
         self.more = {"question_ids": question, "query_positions": queries} if self.parts.query_tokens else {}
 
     def _cache(self) -> Any:
-        config = self.parts.text_config
-        if self.case.compile:
-            return StaticCache(config=config, max_cache_len=self.prompt_tokens + self.case.output_tokens)
-        return DynamicCache(config=config)
+        if not self.case.compile:
+            return DynamicCache(config=self.parts.text_config)
+        self.static_cache.reset()  # a recorded CUDA graph reads it where it was
+        return self.static_cache
 
     @torch.inference_mode()
     def run(self) -> dict[str, float]:

@@ -147,7 +147,7 @@ def measure(settings: Settings, roofline: Roofline, repetitions: int, warm_up: i
         stages.run()
     peak = _peak(settings.device)
     # not for weights that a cache may hold: it would empty the cache
-    rate = ReadingRate(settings.dtype, settings.device) if held_bytes([model]) > READ_BYTES else None
+    rate = ReadingRate(settings.dtype, settings.device) if held_bytes([model]) > READ_BYTES[settings.device] else None
     run = stages.run if rate is None else partial(_between_readings, stages.run, rate)
     seconds, discarded, loaded = repeat(run, repetitions, allow_load)
     read_rates = seconds.pop(READ_RATE, [])
