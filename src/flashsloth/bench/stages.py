@@ -270,7 +270,13 @@ class Stages:
             laps["decode_per_token"] = decoding / (case.output_tokens - 1)
         return laps
 
+    def _begin_step(self) -> None:
+        # the clock's hooks cut a compiled decoder into several CUDA graphs, which then belong to one step
+        if self.case.compile and self.case.device == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+
     def _prefill(self, features: Any, cache: Any) -> Tensor:
+        self._begin_step()
         if self.own:
             output = self.model(
                 inputs_embeds=self.embeds_BTD,
@@ -290,6 +296,7 @@ class Stages:
         return self._step(self.embeds_BTD, cache)
 
     def _decode(self, token_B1: Tensor, cache: Any) -> Tensor:
+        self._begin_step()
         if self.own:
             output = self.model(input_ids=token_B1, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
             return output.logits.argmax(-1)
