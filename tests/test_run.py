@@ -260,6 +260,11 @@ def test_folders_parquet_and_the_command_line(pictures, tmp_path, capsys):
     assert "nothing.jsonl" in capsys.readouterr().err
 
 
+def test_streams_on_ray_are_refused():
+    with pytest.raises(ValueError, match="streams 2 contradicts ray_workers 3.*leave streams out"):
+        RunSettings(streams=2, ray_workers=3)
+
+
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_answers(asked, tmp_path):
     ray = pytest.importorskip("ray")

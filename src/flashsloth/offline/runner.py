@@ -51,6 +51,13 @@ class RunSettings:
     compile: bool = False
     share_equal_views: bool = False
 
+    def __post_init__(self) -> None:
+        if self.ray_workers and self.streams not in (None, 1):
+            raise ValueError(
+                f"streams {self.streams} contradicts ray_workers {self.ray_workers}: on Ray every copy of the model "
+                "answers one batch at a time; leave streams out, or ask for more copies"
+            )
+
     def load(self) -> FlashSloth:
         """The model, as these settings say."""
         return load(
