@@ -94,9 +94,11 @@ def test_worker_processes_change_nothing(asked, tmp_path):
 def test_batches_side_by_side_change_nothing_but_their_order(asked, tmp_path):
     records, threads = read_records(str(asked)), torch.get_num_threads()
     found, together = [], set()
+    others = set(threading.enumerate())  # what earlier tests have left
 
     def seen(done: int, total: int) -> None:
-        together.add(sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()))
+        started = set(threading.enumerate()) - others
+        together.add(sum(thread.name.startswith("ThreadPoolExecutor") for thread in started))
 
     for streams in (1, 3):
         settings = RunSettings(device="cpu", batch_size=2, workers=0, streams=streams, max_new_tokens=6)
