@@ -218,7 +218,6 @@ def test_time_lost_with_a_killed_attempt_is_not_counted_twice(tmp_path, monkeypa
     assert totals["peak_bytes"] > 0 and 0 <= totals["added_bytes"] < totals["peak_bytes"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak")
 def hold_for_a_moment(mebibytes: int) -> None:
     # pages of its own: malloc may hand out again what another test has freed
     with mmap.mmap(-1, mebibytes * 2**20) as pages:
@@ -226,6 +225,7 @@ def hold_for_a_moment(mebibytes: int) -> None:
             pages[start] = 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak")
 def test_the_peak_of_memory_is_that_of_the_training(tmp_path):
     hold_for_a_moment(128)  # before training
     usage = TrainingUsage(tmp_path / "usage.json")
