@@ -36,6 +36,9 @@ class RunSettings:
         retry_errors: ask again what failed in an earlier run.
         quantization, compile, share_equal_views: as in `flashsloth.inference.load`.
         ray_workers: model copies on the Ray cluster (`RAY_ADDRESS`, else one started here); 0 does without Ray.
+
+    Raises:
+        ValueError: streams together with ray_workers.
     """
 
     model: str = "nano"
