@@ -12,6 +12,7 @@ from ..model.processing_flashsloth import NO_LIMIT
 from ..train.glyphs import glyph_tensor
 from .packing import IGNORED_LABEL, pack
 from .schema import Record, Sample, count_images
+from .transport import Batch
 
 if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
@@ -65,7 +66,7 @@ class Collator:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.with_glyphs = with_glyphs
 
-    def __call__(self, items: Sequence[Record | Sample]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Record | Sample]) -> Batch:
         """Batch tensors as `FlashSlothForConditionalGeneration.forward` takes them, with labels.
 
         When no sample of the batch can be used, one row without labels stands for it, which adds nothing to loss or
@@ -87,9 +88,9 @@ class Collator:
             else:
                 if self.with_glyphs:
                     batch["glyphs"] = glyph_tensor([sample.metadata["glyphs"] for sample in samples])
-                return self._pack(batch)
+                return Batch(self._pack(batch))
         logger.warning("no sample of a batch can be used; it counts for nothing")
-        return self._pack(self._empty_batch())
+        return Batch(self._pack(self._empty_batch()))
 
     def encode(self, samples: Sequence[Sample], with_pixels: bool = True) -> dict[str, Tensor]:
         """A padded batch of whole samples.
