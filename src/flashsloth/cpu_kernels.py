@@ -4,6 +4,7 @@
 
 - `PackedLinear` keeps a weight in the blocked layout of oneDNN instead of bringing it there at every call: the same
   products in the same precision.
+- `WidenedLinear` multiplies weights held in 16 bits in float32 where the processor has no kernels for them.
 - `Int8Linear` takes the place of layers that torchao quantized to int8-dynamic, whose own kernels on a CPU are slower
   than bfloat16: the same numbers, by oneDNN.
 - `matmul_attention` replaces PyTorch's fused attention in bfloat16, where two matrix products are quicker.
@@ -17,7 +18,7 @@ import ctypes
 import logging
 import os
 import platform
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from .int8_linear import Int8Linear, PromptAndTokenLinear, SharedRounding
 from .model.backbones import decoder_layers
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from .widened_layers import WIDENED_ATTENTION, WIDENED_DTYPES, refuse_gradient, widen_
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +99,11 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
         if layer is not None:
             setattr(owner, name, layer)
             replaced += 1
+    widened = model.dtype in WIDENED_DTYPES and not supported(model.dtype)
+    if widened:
+        replaced += widen_(model)
     fused = [module for module in model.modules() if _fuse_activation(module)]
-    log.debug("%d layers packed for oneDNN, %d of them with their activation", replaced, len(fused))
+    log.debug("%d layers replaced by quick ones, %d of them with their activation", replaced, len(fused))
     for module in model.modules():
         for names in SIBLINGS:
             found = [getattr(module, name, None) for name in names]
@@ -107,8 +112,11 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
             if len(layers) == len(names):
                 SharedRounding(layers)
     for part in (model.model.vision_tower, model.model.language_model):
-        if replaced and model.dtype == torch.bfloat16 and part.config._attn_implementation == "sdpa":
-            part.set_attn_implementation(MATMUL_ATTENTION)
+        if replaced and part.config._attn_implementation == "sdpa":
+            if widened:
+                part.set_attn_implementation(WIDENED_ATTENTION)
+            elif model.dtype == torch.bfloat16:
+                part.set_attn_implementation(MATMUL_ATTENTION)
     return replaced
 
 
@@ -195,8 +203,7 @@ class PackedLinear(nn.Module):
         Raises:
             RuntimeError: a gradient is wanted.
         """
-        if inputs.requires_grad and torch.is_grad_enabled():
-            _refuse_gradient()
+        refuse_gradient(inputs)
         return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, *self.activation)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -206,10 +213,6 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape + (f", activation={self.activation[0]}" if self.activation[0] != "none" else "")
-
-
-def _refuse_gradient() -> NoReturn:
-    raise RuntimeError("this model was packed for answering and cannot be trained; load it with kernels='torch'")
 
 
 def matmul_attention(

@@ -1,4 +1,4 @@
-"""A linear layer with 8-bit weights and activations, multiplied by the integer kernels of CPUs.
+"""A linear layer with 8-bit weights and activations, multiplied by the integer kernels of CPUs that have them.
 
 Shape suffixes: B rows (all leading dimensions), T positions, K values read, N values written.
 """
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .widened_layers import FEW_ROWS, widened_product
+
 SMALLEST_INT8, LARGEST_INT8 = -128, 127
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 _CHUNK = 2**22  # numbers rounded at a time
 _ZERO_POINT = 128  # oneDNN multiplies unsigned activations by signed weights
+_LANES = 32  # numbers that PyTorch's product of bfloat16 and int8 reads at a time, past the end of a row if need be
 
 
 def onednn_available() -> bool:
@@ -65,8 +68,8 @@ class Int8Linear(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """(..., K) float to (..., N) of the same dtype."""
         if self.packed is None:
-            values_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
-            products_BN = torch._int_mm(values_BK, self.weight.t()) * (scale_B1 * self.scale)
+            rounded_BK, scale_B1 = _round_to_int8(values.reshape(-1, self.in_features))
+            products_BN = self._products_of_floats(rounded_BK, values.dtype) * (scale_B1 * self.scale)
             result = products_BN.to(values.dtype).view(*values.shape[:-1], self.out_features)
             return result if self.bias is None else result + self.bias
         dtype = values.dtype if values.dtype in _PRODUCT_DTYPES else torch.float32
@@ -80,6 +83,14 @@ class Int8Linear(nn.Module):
         else:
             torch.addcmul(self.bias, result_BN, scale_B1, out=result_BN)
         return result_BN.view(*values.shape[:-1], self.out_features)
+
+    def _products_of_floats(self, rounded_BK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Products of integers (B, N), in floats that hold them; few rows for bfloat16 are rounded to it."""
+        few = len(rounded_BK) < FEW_ROWS and not (self.in_features % _LANES or self.out_features % _LANES)
+        if few and dtype == torch.bfloat16:
+            ones_N = torch.ones(self.out_features, dtype=dtype)
+            return torch._weight_int8pack_mm(rounded_BK.to(dtype), self.weight, ones_N)
+        return widened_product(rounded_BK.float(), self.weight)
 
     def round(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs as (B, K) uint8 above the zero point, and scales (B, 1)."""

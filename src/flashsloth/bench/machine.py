@@ -15,6 +15,7 @@ import torch
 
 from flashsloth.cpu_kernels import PackedLinear, supported
 from flashsloth.loading import DTYPES, synchronize
+from flashsloth.widened_layers import WidenedLinear
 
 from .results import Machine, Roofline
 
@@ -115,10 +116,11 @@ def _times(work: Callable[[], torch.Tensor], device: str) -> list[float]:
 def _products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     """Ways of multiplying by a weight that this machine has."""
     ways: list[Callable[[], torch.Tensor]] = [functools.partial(torch.nn.functional.linear, left, right)]
-    if left.device.type == "cpu" and supported(right.dtype):
+    if left.device.type == "cpu":
         layer = torch.nn.Linear(right.shape[1], right.shape[0], bias=False, device="meta")
         layer.weight = torch.nn.Parameter(right, requires_grad=False)
-        ways.append(functools.partial(PackedLinear(layer).forward, left))
+        quick = PackedLinear(layer) if supported(right.dtype) else WidenedLinear(layer)
+        ways.append(functools.partial(quick.forward, left))
     return ways
 
 
