@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from flashsloth.train.kernels import apply_kernels
 from flashsloth.train.recipe import KernelRecipe
-from flashsloth.train.run import run
+from flashsloth.train.run import _check_precision_on_cpu, run
 from flashsloth.train.trainer import StageTrainer
 from test_stages import tiny_recipe
 from tiny_models import build_rows, tiny_model
@@ -102,3 +102,11 @@ def test_what_sharding_cannot_do_is_refused(tmp_path, monkeypatch):
 def test_float16_on_a_cpu_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="float16 contradicts training on a CPU"):
         run(tiny_recipe(tmp_path / "run", STAGE, None, precision="float16"))
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_bfloat16_without_kernels_on_a_cpu_is_warned_about(lacks, monkeypatch, caplog):
+    monkeypatch.setattr("flashsloth.train.run.lacks_kernels", lambda dtype: lacks and dtype == torch.bfloat16)
+    _check_precision_on_cpu("bfloat16")
+    _check_precision_on_cpu("float32")
+    assert caplog.text.count("set precision=float32") == lacks

@@ -4,10 +4,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..cpu_kernels import lacks_kernels
 from ..data.dataset import build_collator, build_dataset
 from ..data.packing import check_packing
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -45,8 +47,7 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
         raise ValueError(f"output_dir {output_dir} already holds a run; continue it with --resume, or choose another")
     if uses_cpu():
         check_launcher(None)
-        if recipe.precision == "float16":
-            raise ValueError("precision: float16 contradicts training on a CPU; use bfloat16 or float32")
+        _check_precision_on_cpu(recipe.precision)
     processes = PartialState(cpu=uses_cpu())
     processes.wait_for_everyone()
     if processes.is_main_process:
@@ -70,6 +71,16 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
                 model = processor = None  # what this process holds of it is a share
         finished = folder
     return output_dir / recipe.stages[-1].name / MODEL_FOLDER
+
+
+def _check_precision_on_cpu(precision: str) -> None:
+    if precision == "float16":
+        raise ValueError("precision: float16 contradicts training on a CPU; use bfloat16 or float32")
+    if precision == "bfloat16" and lacks_kernels(torch.bfloat16):
+        logger.warning(
+            "precision: bfloat16 is several times slower than float32 on this processor, which has no kernels for it; "
+            "set precision=float32"
+        )
 
 
 def _run_stage(
