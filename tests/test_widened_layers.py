@@ -107,8 +107,10 @@ def test_a_model_without_short_kernels_is_widened(decoder, encoder, dtype, witho
     assert replaced == len(wide) > 20
     assert not any(type(module) is nn.Linear for module in model.model.language_model.modules())
     assert any(isinstance(module, WidenedLinear) for module in model.model.projector.modules())
-    assert model.model.language_model.config._attn_implementation == WIDENED_ATTENTION
-    assert model.model.vision_tower.config._attn_implementation == WIDENED_ATTENTION
+    for part in (model.model.language_model, model.model.vision_tower):
+        # transformers 5.24 has no sdpa for gemma2, whose scores are capped: it stays as it was
+        expected = WIDENED_ATTENTION if part._supports_sdpa else "eager"
+        assert part.config._attn_implementation == expected
     assert (logits_of(model) - exact).abs().mean() < 1.2 * before
 
 
