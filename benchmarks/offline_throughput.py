@@ -25,6 +25,7 @@ from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, inf
 from flashsloth.cpu_kernels import chosen_kernels, prepare_for_cpu_
 from flashsloth.model.processing_flashsloth import FlashSlothProcessor
 from flashsloth.offline import Record, RunSettings, read_records, run_records
+from flashsloth.quantization import quantize_
 from flashsloth.synthetic import SyntheticDataset
 
 QUESTIONS = (
@@ -219,6 +220,9 @@ def encode_once(
     images: Annotated[int, typer.Option("--images", help="Images, each asked all ten questions.", min=1)] = 10,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = 4,
     dtype: Dtype = "float32",
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="A scheme of `flashsloth quantize`.", show_default=False)
+    ] = None,
     threads: Threads = 0,
     output: Output = Path("encode_once.json"),
 ) -> None:
@@ -226,7 +230,10 @@ def encode_once(
     transformers_logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    session = inference.load("nano", "cpu", dtype) if shape == "nano" else _random_session(shape, dtype)
+    if shape == "nano":
+        session = inference.load("nano", "cpu", dtype, quantization)
+    else:
+        session = _random_session(shape, dtype, quantization)
     data = SyntheticDataset("test", images, seed=7, weights=FAMILIES, turns=1)
     pictures = [data.sample(index).image for index in range(images)]
     seconds: dict[str, list[list[float]]] = {}
@@ -251,14 +258,22 @@ def encode_once(
     config = session.config
     report = {
         "machine": _machine(),
-        "settings": {"shape": shape, "images": images, "max_new_tokens": max_new_tokens, "dtype": dtype, "batch": 1},
+        "settings": {
+            "shape": shape,
+            "images": images,
+            "max_new_tokens": max_new_tokens,
+            "dtype": dtype,
+            "quantization": quantization,
+            "batch": 1,
+        },
         "visual_tokens": config.num_image_tokens,
         "views": config.num_views,
         "ways": ways,
     }
+    title = ", ".join(filter(None, (shape, dtype, quantization)))
     table = [
         [
-            f"{shape}, {dtype}: {way}",
+            f"{title}: {way}",
             *(f"{1000 * ways[way]['median_seconds_of_question'][index]:.1f}" for index in (0, 1, -1)),
             f"{ways[way]['tenth_over_first']['median']:.2f}",
             str(ways[way]["reused_tokens_of_question"][-1]),
@@ -290,7 +305,7 @@ def _ask_all(
     return walls, processors, tokens
 
 
-def _random_session(shape: str, dtype: str) -> inference.FlashSloth:
+def _random_session(shape: str, dtype: str, quantization: str | None) -> inference.FlashSloth:
     """Random weights filled for real, prepared as `inference.load` does; nano's tokenizer and template."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape is {shape!r}; use nano, {' or '.join(SHAPES)}")
@@ -309,6 +324,8 @@ def _random_session(shape: str, dtype: str) -> inference.FlashSloth:
     model.generation_config.pad_token_id = text.pad_token_id
     # ids beyond nano's vocabulary have no text
     model.generation_config.suppress_tokens = list(range(text.vocab_size, config.text_config.vocab_size)) or None
+    if quantization is not None:
+        quantize_(model, quantization)
     if chosen_kernels("auto", "cpu") == "packed":
         prepare_for_cpu_(model)
     processor = FlashSlothProcessor.from_config(
