@@ -128,6 +128,24 @@ def test_the_stages_really_run_the_model():
     assert timed.image_positions_BK.tolist() == [[0, 4], [0, 4]]
 
 
+def test_compiled_stages_are_compiled_once(monkeypatch):
+    """The cache has its memory before anything is traced, and lies where it lay in every repetition."""
+
+    def compile_part(part, device, dynamic, cuda_graphs):
+        part.compile(backend="aot_eager", dynamic=dynamic)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(stages, "compile_part", compile_part)
+    timed = Stages(TINY, build_filled(TINY, torch.float32, "cpu"), dataclasses.replace(SETTINGS, compile=True))
+    layer = timed.static_cache.layers[0]
+    addresses = layer.keys.data_ptr(), layer.values.data_ptr()
+    timed.run()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert set(timed.run()) == set(STAGES)
+    assert (layer.keys.data_ptr(), layer.values.data_ptr()) == addresses
+    assert layer.keys.abs().sum() > 0
+
+
 def test_weights_are_filled_and_alike_in_scale():
     model = build_filled(TINY, torch.bfloat16, "cpu")
     for name, parameter in model.named_parameters():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import cudagraph_trees
 from transformers import CompileConfig, PreTrainedConfig, StaticCache
 
 from flashsloth import compilation, inference
-from flashsloth.compilation import CACHE_STEP, check_compiler
+from flashsloth.compilation import CACHE_STEP, RecordingThread, check_compiler
 from flashsloth.inference import FlashSloth, load
 from flashsloth.int8_linear import Int8Linear, onednn_available
 from flashsloth.offline import Record, RunSettings, run_records
@@ -25,7 +28,9 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are traced and guarded as always, but their kernels are torch's own: seconds instead of a minute."""
     torch._dynamo.reset()
 
-    def compile_part(part: torch.nn.Module, device: torch.device, dynamic: bool | None) -> None:
+    def compile_part(
+        part: torch.nn.Module, device: torch.device, dynamic: bool | None, cuda_graphs: bool = False
+    ) -> None:
         part.compile(backend="aot_eager", dynamic=dynamic)
 
     def decoding_config(device: torch.device) -> CompileConfig:
@@ -122,6 +127,63 @@ def test_a_missing_compiler_is_one_sentence_before_anything_is_loaded(
             load("nano", device="cpu", compile=True)
         assert main(["ask", "absent.png", "what?", "--device", "cpu", "--compile"]) == 2
     assert "install g++" in capsys.readouterr().err
+
+
+def test_recorded_calls_come_from_one_thread(quick_compiler: None, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "tiny")
+    expected = everything_asked(load(folder, device="cpu"))
+    session = load(folder, device="cpu", compile=True)
+    session._thread = RecordingThread()  # as on a GPU
+    seen = set()
+    session.model.register_forward_pre_hook(lambda *unused: seen.add(threading.get_ident()))
+    session.model.model.vision_tower.register_forward_pre_hook(lambda *unused: seen.add(threading.get_ident()))
+    assert everything_asked(session) == expected
+    stream = session.stream(noise_image(), QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+    assert "".join(stream).strip() == expected[0][0]
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(session.ask, noise_image(), "?", max_new_tokens=NEW_TOKENS) for _ in range(3)]
+        assert len({future.result().text for future in futures}) == 1
+    assert len(seen) == 1 and threading.get_ident() not in seen
+
+
+def test_a_recording_thread_hands_over_results_and_errors() -> None:
+    thread = RecordingThread()
+
+    def fail() -> None:
+        raise KeyError("a reason")
+
+    assert thread.call(torch.is_inference_mode_enabled) and not torch.is_inference_mode_enabled()
+    assert thread.call(thread.call, max, 1, 2) == 2  # from within
+    with pytest.raises(KeyError, match="a reason"):
+        thread.call(fail)
+    containers = thread.call(lambda: cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_containers"))
+    assert containers is not cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_containers")
+
+
+def test_the_output_of_a_recorded_call_is_copied() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    states = torch.randn(2, 3)
+    output = BaseModelOutput(last_hidden_state=states, hidden_states=(states, states + 1))
+    copied = compilation._copied(output)
+    states.zero_()
+    assert type(copied) is BaseModelOutput and copied.last_hidden_state.abs().sum() > 0
+    assert torch.equal(copied.hidden_states[0] + 1, copied.hidden_states[1])
+    assert copied.attentions is None
+
+
+@pytest.mark.gpu
+def test_a_session_compiled_for_a_gpu_answers_alike_from_every_thread() -> None:
+    expected = everything_asked(load("nano", device="cuda", dtype="float32"))
+    session = load("nano", device="cuda", dtype="float32", compile=True)
+    session.warm_up(noise_image(), NEW_TOKENS)
+    for _ in range(2):
+        assert everything_asked(session) == expected
+        stream = session.stream(noise_image(), QUESTIONS[0], max_new_tokens=NEW_TOKENS)
+        assert "".join(stream).strip() == expected[0][0]
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(session.ask, noise_image(), QUESTIONS[0], max_new_tokens=NEW_TOKENS) for _ in range(6)]
+        assert {future.result().text for future in futures} == {expected[0][0]}
 
 
 def test_devices_that_are_not_compiled_for_are_refused() -> None:

@@ -5,9 +5,18 @@ Kernels are kept by torch in TORCHINDUCTOR_CACHE_DIR, so that a second process f
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedConfig, StaticCache
+from transformers.utils import ModelOutput
+
+Result = TypeVar("Result")
 
 # room of a cache in tokens is a multiple of this: neighbouring lengths then share a graph
 CACHE_STEP = 256
@@ -43,22 +52,62 @@ def compile_part(part: nn.Module, device: torch.device, dynamic: bool | None, cu
     Args:
         device: where the module runs.
         dynamic: False compiles anew for every shape, None for a second one and then for all.
-        cuda_graphs: on a GPU, record the launches of a call and replay them; the next call overwrites what this one
-            returned, and a cache must stay where it is in memory.
+        cuda_graphs: on a GPU, record the launches of a call and replay them; a cache must stay where it is in memory.
 
     Raises:
         ValueError: as in `check_compiler`.
     """
     check_compiler(device)
-    part.compile(dynamic=dynamic, mode="reduce-overhead" if cuda_graphs and device.type == "cuda" else None)
+    recorded = cuda_graphs and device.type == "cuda"
+    part.compile(dynamic=dynamic, mode="reduce-overhead" if recorded else None)
+    if recorded:
+        replay = part._compiled_call_impl
+        part._compiled_call_impl = lambda *args, **kwargs: _copied(replay(*args, **kwargs))
+
+
+def _copied(output: Any) -> Any:
+    """The output in memory of its own: the next replay writes where this one did."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: _copied(value) for name, value in output.items()})
+    return tuple(map(_copied, output)) if isinstance(output, tuple) else output
 
 
 def decoding_config(device: torch.device) -> CompileConfig:
     """How `generate` compiles the steps after the prompt, given a static cache."""
-    # a GPU: transformers' default, CUDA graphs recorded for every size of cache; a CPU: one graph for all sizes
-    config = CompileConfig() if device.type == "cuda" else CompileConfig(mode="default", dynamic=True)
+    # one graph for all sizes of cache; its launches on a GPU are recorded for each size
+    config = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=True)
     config._compile_all_devices = True  # otherwise `generate` compiles for accelerators only
     return config
+
+
+class RecordingThread:
+    """One thread for every call of a model whose launches are recorded.
+
+    torch keeps CUDA graphs by thread: another one would record its own, and before torch 2.13 it fails. And a replay
+    writes where the one before it wrote, so that calls must take turns.
+    """
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flashsloth-recorded", initializer=self._prepare)
+
+    def _prepare(self) -> None:
+        from torch._inductor import cudagraph_trees
+
+        self._thread = threading.get_ident()
+        # torch before 2.13 does this for the thread that imports the module only
+        if not hasattr(cudagraph_trees.local, "tree_manager_containers"):
+            cudagraph_trees.local.tree_manager_containers = {}
+            cudagraph_trees.local.tree_manager_locks = defaultdict(threading.Lock)
+
+    def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """What the function returns or raises, called in that thread, without gradients."""
+        function = torch.inference_mode()(function)
+        if threading.get_ident() == self._thread:
+            return function(*args, **kwargs)
+        return self._pool.submit(function, *args, **kwargs).result()
 
 
 def room_for(tokens: int) -> int:

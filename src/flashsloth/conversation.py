@@ -214,7 +214,7 @@ class Conversation:
         streamer = None if on_text is None else _CallbackStreamer(session.processor.tokenizer, on_text)
 
         started = time.perf_counter()
-        output = session.model.generate(
+        output = session.generate(
             **inputs,
             image_features=self._features,
             generation_config=generation_config,

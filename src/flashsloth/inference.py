@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from . import hub
-from .compilation import check_compiler, compile_part, decoding_config, static_cache
+from .compilation import RecordingThread, check_compiler, compile_part, decoding_config, static_cache
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
 from .cpu_kernels import chosen_kernels, prepare_for_cpu_
 from .equal_views import encode_distinct_views
@@ -133,8 +133,10 @@ class FlashSloth:
         self.model, self.processor, self.name = model, processor, name
         self.share_equal_views = share_equal_views
         self.compile_config: CompileConfig | None = None
+        self._thread: RecordingThread | None = None
         if compile:
-            compile_part(model.model.vision_tower, model.device, dynamic=None)
+            self._thread = RecordingThread() if model.device.type == "cuda" else None
+            compile_part(model.model.vision_tower, model.device, dynamic=None, cuda_graphs=True)
             self.compile_config = decoding_config(model.device)
 
     @property
@@ -183,8 +185,15 @@ class FlashSloth:
     def encode_views(self, pixel_values: Tensor) -> Tensor:
         """Un-pooled features (I, P, E) of images (I, V, C, H, W), which may still be on the CPU."""
         if self.share_equal_views:
-            return encode_distinct_views(self.model.model, pixel_values)
-        return self.model.model.encode_views(pixel_values.to(self.device))
+            return self._call(encode_distinct_views, self.model.model, pixel_values)
+        return self._call(self.model.model.encode_views, pixel_values.to(self.device))
+
+    def generate(self, **arguments: Any) -> Any:
+        """As the model's `generate`; safe from any thread."""
+        return self._call(self.model.generate, **arguments)
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if self._thread is None else self._thread.call(function, *args, **kwargs)
 
     def compile_options(self, cache_tokens: int) -> dict[str, Any]:
         """Arguments of `generate` that compile decoding: an empty cache for so many tokens; none without `compile`."""

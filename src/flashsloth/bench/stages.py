@@ -198,7 +198,8 @@ class Stages:
         self.image = entry.rule(case.width, case.height)
         self.dtype = DTYPES[case.dtype]
         self.own = entry.origin == "own"
-        self.clock = Clock(case.device, [*parts.connector, *parts.embedded_query])
+        # a clock inside the compiled decoder would cut its graph: there the embedded query counts as prefill
+        self.clock = Clock(case.device, [*parts.connector, *([] if case.compile else parts.embedded_query)])
         self.visual_tokens = case.images * self.image.tokens
         self.prompt_tokens = self.visual_tokens + case.text_tokens + parts.query_tokens
         shape = (case.batch, self.prompt_tokens, parts.text_config.hidden_size)
@@ -211,12 +212,21 @@ class Stages:
             self.vision = _VISION[entry.dissect](model, case, self.image, self.dtype)
         else:
             raise ValueError(f"{case.model} is in the static tier only: its vision side is not run here")
+        self.mask: dict[str, Tensor] = {}
         if case.compile:
-            device = torch.device(case.device)
-            compile_part(parts.vision, device, dynamic=False)
-            compile_part(parts.language_model, device, dynamic=False, cuda_graphs=True)
-            room = self.prompt_tokens + case.output_tokens
-            self.static_cache = StaticCache(config=parts.text_config, max_cache_len=room)
+            self._compile()
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        parts, device = self.parts, torch.device(self.case.device)
+        room = self.prompt_tokens + self.case.output_tokens
+        self.static_cache = StaticCache(config=parts.text_config, max_cache_len=room)
+        # with a mask of the cache's length there is nothing about it that a graph would have to look up
+        self.mask = {"attention_mask": torch.ones(self.case.batch, room, dtype=torch.long, device=device)}
+        # a cache gets its memory in its first call: in a recorded one it would lie in what replays overwrite
+        self._step(self.embeds_BTD, self.static_cache)
+        compile_part(parts.vision, device, dynamic=False, cuda_graphs=True)
+        compile_part(parts.language_model, device, dynamic=False, cuda_graphs=True)
 
     def _prepare_own(self) -> None:
         from PIL import Image
@@ -249,10 +259,12 @@ class Stages:
             with clock.lap("preprocess"):
                 pixels = self.processor(self.pictures, return_tensors="pt")["pixel_values"]
             pixels = pixels.to(case.device, self.dtype)
+            self._begin_step()
             with clock.lap("encode"):
                 features = self.model.get_image_features(pixels)
         else:
             features = None
+            self._begin_step()
             with clock.lap("encode"):
                 self.vision()
         cache = self._cache()
@@ -271,7 +283,7 @@ class Stages:
         return laps
 
     def _begin_step(self) -> None:
-        # the clock's hooks cut a compiled decoder into several CUDA graphs, which then belong to one step
+        # where the compiler cuts a model into several CUDA graphs, they belong to one step
         if self.case.compile and self.case.device == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -286,11 +298,12 @@ class Stages:
                 logits_to_keep=1,
                 **{CACHE_ARGUMENT: cache},
                 **self.more,
+                **self.mask,
             )
             return output.logits[:, -1:].argmax(-1)
         if isinstance(self.model, StockFlashSloth):  # all logits, as when nobody asks for less
             output = self.model.language_model(
-                inputs_embeds=self.embeds_BTD, use_cache=True, **{CACHE_ARGUMENT: cache}
+                inputs_embeds=self.embeds_BTD, use_cache=True, **{CACHE_ARGUMENT: cache}, **self.mask
             )
             return output.logits[:, -1:].argmax(-1)
         return self._step(self.embeds_BTD, cache)
@@ -298,10 +311,14 @@ class Stages:
     def _decode(self, token_B1: Tensor, cache: Any) -> Tensor:
         self._begin_step()
         if self.own:
-            output = self.model(input_ids=token_B1, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+            output = self.model(
+                input_ids=token_B1, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **self.mask
+            )
             return output.logits.argmax(-1)
         return self._step(self.parts.language_model.get_input_embeddings()(token_B1), cache)
 
     def _step(self, embeds_BTD: Tensor, cache: Any) -> Tensor:
-        output = self.parts.language_model(inputs_embeds=embeds_BTD, use_cache=True, **{CACHE_ARGUMENT: cache})
+        output = self.parts.language_model(
+            inputs_embeds=embeds_BTD, use_cache=True, **{CACHE_ARGUMENT: cache}, **self.mask
+        )
         return self.parts.head(output.last_hidden_state[:, -1:]).argmax(-1)

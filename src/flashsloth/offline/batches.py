@@ -167,7 +167,7 @@ def _answer_rows(session: FlashSloth, batch: PreparedBatch, rows: slice, max_new
         )
     prompt_tokens = inputs["input_ids"].shape[1]
     compiled = session.compile_options(prompt_tokens + max_new_tokens)
-    ids = model.generate(**inputs, **compiled, max_new_tokens=max_new_tokens, do_sample=False)
+    ids = session.generate(**inputs, **compiled, max_new_tokens=max_new_tokens, do_sample=False)
     texts = tokenizer.batch_decode(ids[:, prompt_tokens:], skip_special_tokens=True)
     return [
         {"id": record.id, "question": record.question, "answer": text.strip()}
