@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..cpu_kernels import lacks_kernels
+from ..cpu_kernels import keep_freed_memory, lacks_kernels
 from ..data.dataset import build_collator, build_dataset
 from ..data.packing import check_packing
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -130,6 +130,8 @@ def _run_stage(
     trainer.add_callback(Clock(recipe.checkpoints.every_minutes))
     for callback in callbacks:
         trainer.add_callback(callback)
+    if uses_cpu():
+        keep_freed_memory()  # a step frees and asks again for the same memory
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
     if trainer.glyph_supervision is not None:
         trainer.glyph_supervision.remove()
