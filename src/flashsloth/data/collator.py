@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.processing_flashsloth import NO_LIMIT
 from ..train.glyphs import glyph_tensor
+from .cache import EncodedSample, split_rows
 from .packing import IGNORED_LABEL, pack
 from .schema import Record, Sample, count_images
 from .transport import Batch
@@ -66,7 +67,7 @@ class Collator:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.with_glyphs = with_glyphs
 
-    def __call__(self, items: Sequence[Record | Sample]) -> Batch:
+    def __call__(self, items: Sequence[Record | Sample | EncodedSample]) -> Batch:
         """Batch tensors as `FlashSlothForConditionalGeneration.forward` takes them, with labels.
 
         When no sample of the batch can be used, one row without labels stands for it, which adds nothing to loss or
@@ -75,22 +76,47 @@ class Collator:
         Raises:
             ValueError: more samples are broken than their source allows.
         """
-        loaded = (item.load() if isinstance(item, Record) else item for item in items)
-        samples = [sample for sample in loaded if sample is not None]
+        rows = {place: item.arrays for place, item in enumerate(items) if isinstance(item, EncodedSample)}
+        loaded = (
+            (place, item.load() if isinstance(item, Record) else item)
+            for place, item in enumerate(items)
+            if not isinstance(item, EncodedSample)
+        )
+        samples = {place: sample for place, sample in loaded if sample is not None}
+        batch = self._encode_usable(samples)
+        if batch is not None and (rows or any(sample.keep for sample in samples.values())):
+            for (place, sample), row in zip(samples.items(), split_rows(batch), strict=True):
+                rows[place] = row
+                if sample.keep is not None:
+                    sample.keep(row)
+        if len(rows) > len(samples):
+            batch = self._join([rows[place] for place in sorted(rows)])
+        if batch is None:
+            logger.warning("no sample of a batch can be used; it counts for nothing")
+            batch = self._empty_batch()
+        return Batch(self._pack(batch))
+
+    def _encode_usable(self, samples: dict[int, Sample]) -> dict[str, Tensor] | None:
+        """A batch of those that can be used; the others are counted and taken out. None where none can."""
         while samples:
             try:
-                batch = self.encode(samples)
+                batch = self.encode(list(samples.values()))
             except ValueError:
-                usable = [sample for sample in samples if self._is_usable(sample)]
-                if len(usable) == len(samples):
+                broken = [place for place, sample in samples.items() if not self._is_usable(sample)]
+                if not broken:
                     raise
-                samples = usable
+                for place in broken:
+                    del samples[place]
             else:
                 if self.with_glyphs:
-                    batch["glyphs"] = glyph_tensor([sample.metadata["glyphs"] for sample in samples])
-                return Batch(self._pack(batch))
-        logger.warning("no sample of a batch can be used; it counts for nothing")
-        return Batch(self._pack(self._empty_batch()))
+                    batch["glyphs"] = glyph_tensor([sample.metadata["glyphs"] for sample in samples.values()])
+                return batch
+        return None
+
+    def _join(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        options = self._options(with_pixels=True)
+        names = ("padding", "padding_side", "pad_to_multiple_of", "return_tensors")
+        return dict(self.processor.pad(rows, **{name: options[name] for name in names}))
 
     def encode(self, samples: Sequence[Sample], with_pixels: bool = True) -> dict[str, Tensor]:
         """A padded batch of whole samples.

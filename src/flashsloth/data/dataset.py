@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from .cache import SampleCache
 from .collator import Collator
-from .mixture import MixedSamples, MixedStream
+from .mixture import BLOCK, MixedSamples, MixedStream
 from .recipe import DataRecipe, LlavaData, MessagesData, MixtureData, SyntheticData, is_streamed
-from .sources import LlavaSamples, MessagesSamples, SyntheticSamples
+from .sources import LlavaSamples, MessagesSamples, RecordedSamples, SyntheticSamples
 from .streams import MessagesStream, WebdatasetStream
 
 if TYPE_CHECKING:
@@ -62,3 +63,23 @@ def build_collator(recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlot
         stage.chat_template_kwargs,
         with_glyphs=stage.glyph_loss > 0,
     )
+
+
+def keep_encoded_samples(dataset: Any, samples: int | None, megabytes: int, workers: int) -> None:
+    """Have recorded sources with an index keep encoded samples, where they are drawn more than once.
+
+    Args:
+        samples: drawn from the data set by all processes; None where only the clock ends it.
+        megabytes: kept by all sources together, shared by the workers of a loader.
+    """
+    shares = [(dataset, 1.0)]
+    if isinstance(dataset, (MixedSamples, MixedStream)):
+        shares = list(zip(dataset.sources, dataset.order.counts / BLOCK, strict=True))
+    repeated = [
+        source
+        for source, share in shares
+        if isinstance(source, RecordedSamples) and (samples is None or samples * share > len(source))
+    ]
+    if megabytes:
+        for source in repeated:
+            source.cache = SampleCache(len(source), megabytes // len(repeated), workers)

@@ -1,6 +1,6 @@
 """The one format of training: records as they are read, samples as they are learned, and their defects."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,8 @@ class Sample:
     caption: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
+    keep: Callable[[Mapping[str, Any]], None] | None = None
+    """Takes what it was encoded to, for later epochs."""
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Record:
     images: list[Any] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
     max_pixels: int = DEFAULT_MAX_PIXELS
+    keep: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
     def num_characters(self) -> int:
@@ -107,7 +110,7 @@ class Record:
             self.origin.skip(error)
             return None
         answers = [message["content"][0]["text"] for message in self.messages if message["role"] == "assistant"]
-        return Sample(images, self.messages, answers[0], {"id": self.identifier}, self.origin)
+        return Sample(images, self.messages, answers[0], {"id": self.identifier}, self.origin, self.keep)
 
 
 def count_images(messages: Sequence[Mapping[str, Any]]) -> int:

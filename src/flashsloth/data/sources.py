@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from .broken import BrokenSamples
+from .cache import EncodedSample, SampleCache
 from .records import RecordFile
 from .schema import Origin, Record, Sample, make_record
 
@@ -63,6 +65,7 @@ class RecordedSamples(Dataset):
         self.name = name
         self.max_images, self.max_pixels = source.max_images, source.max_pixels
         self.broken = BrokenSamples(source.max_broken)
+        self.cache: SampleCache | None = None
 
     @property
     def num_broken(self) -> int:
@@ -72,13 +75,24 @@ class RecordedSamples(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Record:
+    def record(self, index: int) -> Record:
+        """One record, as it is stored."""
         raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Record | EncodedSample:
+        if self.cache is None:
+            return self.record(index)
+        known = self.cache.get(index)
+        if known is not None:
+            return known
+        record = self.record(index)
+        record.keep = partial(self.cache.put, index)
+        return record
 
     def sizes(self) -> Iterator[tuple[int, int]]:
         """Images and characters of every record, in order; images are not read."""
         for index in range(len(self)):
-            record = self[index]
+            record = self.record(index)
             yield len(record.images), record.num_characters
 
     def _record(self, place: str, raw: Any, images: list[Any], read_error: str | None = None) -> Record:
@@ -103,7 +117,7 @@ class LlavaSamples(RecordedSamples):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Record:
+    def record(self, index: int) -> Record:
         place = self.records.place(index)
         try:
             raw = self.records[index]
@@ -133,7 +147,7 @@ class MessagesSamples(RecordedSamples):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Record:
+    def record(self, index: int) -> Record:
         return self.read(self.dataset[int(index)], index)
 
     def read(self, row: Mapping[str, Any], index: int) -> Record:

@@ -222,6 +222,9 @@ class LoaderRecipe:
     """Processes that read, render and tokenise."""
     prefetch: Positive = 4
     """Batches each worker prepares ahead."""
+    cache_mb: Annotated[int, Field(ge=0)] = 512
+    """Megabytes of encoded samples that are kept in shared memory for later epochs, where a stage draws more samples
+    than its data hold; 0 keeps none. Each process of a distributed run has its own."""
 
 
 @dataclass(config=_STRICT, kw_only=True)

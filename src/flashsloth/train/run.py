@@ -1,16 +1,19 @@
 """Run a recipe: stage after stage, to one ordinary model folder."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cpu_kernels import keep_freed_memory, lacks_kernels
-from ..data.dataset import build_collator, build_dataset
+from ..data.dataset import build_collator, build_dataset, keep_encoded_samples
 from ..data.packing import check_packing
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
@@ -83,6 +86,12 @@ def _check_precision_on_cpu(precision: str) -> None:
         )
 
 
+def _samples_drawn(stage: StageRecipe, dataset: Any, samples_of_step: int) -> int | None:
+    if stage.max_steps is not None:
+        return stage.max_steps * samples_of_step
+    return None if stage.epochs is None else math.ceil(stage.epochs * len(dataset))
+
+
 def _run_stage(
     recipe: Recipe,
     stage: StageRecipe,
@@ -116,7 +125,9 @@ def _run_stage(
         model.model.compile(dynamic=False)
     trainer = StageTrainer(
         model=model,
-        args=training_arguments(recipe, stage, stage_dir, sequential=dataset.is_independent),
+        args=training_arguments(
+            recipe, stage, stage_dir, dataset.is_independent, streamed=isinstance(dataset, IterableDataset)
+        ),
         stage=stage,
         train_dataset=dataset,
         data_collator=build_collator(recipe, stage, processor),
@@ -124,6 +135,10 @@ def _run_stage(
     )
     trainer.remove_callback(PrinterCallback)
     images = stage.batch_size * stage.gradient_accumulation * trainer.args.world_size
+    if not stage.glyph_loss:  # which comes from how samples were drawn, not from what they are encoded to
+        keep_encoded_samples(
+            dataset, _samples_drawn(stage, dataset, images), recipe.loader.cache_mb, recipe.loader.workers
+        )
     trainer.add_callback(LogFile(recipe.output_dir / LOG_FILE, stage.name, images))
     if recipe.logging.progress:
         trainer.add_callback(ProgressBar(stage.name, images))
@@ -133,6 +148,7 @@ def _run_stage(
     if uses_cpu():
         keep_freed_memory()  # a step frees and asks again for the same memory
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
+    trainer.stop_workers()
     if trainer.glyph_supervision is not None:
         trainer.glyph_supervision.remove()
     if dataset.num_broken:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -51,8 +51,15 @@ def uses_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, sequential: bool) -> TrainingArguments:
-    """Translate a stage into the Trainer's arguments."""
+def training_arguments(
+    recipe: Recipe, stage: StageRecipe, output_dir: Path, sequential: bool, streamed: bool = False
+) -> TrainingArguments:
+    """Translate a stage into the Trainer's arguments.
+
+    Args:
+        sequential: samples are read in order.
+        streamed: the data set has no index.
+    """
     workers = recipe.loader.workers
     steps = stage.max_steps or (UNLIMITED_STEPS if stage.epochs is None else -1)
     return TrainingArguments(
@@ -82,8 +89,9 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, seq
         save_total_limit=recipe.checkpoints.keep,
         dataloader_num_workers=workers,
         dataloader_prefetch_factor=recipe.loader.prefetch if workers else None,
-        # new workers for each epoch: starting them draws a random number, in a resumed run as in one that goes on
-        dataloader_persistent_workers=False,
+        # a worker is a copy of this process: all memory that is written after it has started is copied, in every epoch
+        # if they start anew. Those of a stream begin it again where its copy in this process says.
+        dataloader_persistent_workers=bool(workers) and not streamed,
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -110,6 +118,7 @@ class StageTrainer(Trainer):
         self.stage = stage
         self._staging: Path | None = None
         self._parameter_count: int | None = None
+        self._loader: DataLoader | None = None
         super().__init__(*args, **kwargs)
         self.glyph_supervision = GlyphSupervision(self.model) if stage.glyph_loss else None
         self.add_callback(EveryPartTakesPart())
@@ -148,6 +157,19 @@ class StageTrainer(Trainer):
             self.lr_scheduler = ProgressScheduler(optimizer or self.optimizer, self.stage, steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        # Starting workers draws a random number: not one of those that training draws, since a resumed run starts
+        # them more often than one that goes on.
+        self._loader = getattr(loader, "base_dataloader", loader)
+        self._loader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def stop_workers(self) -> None:
+        """End the loader's worker processes; they wait for another epoch otherwise, as long as this process runs."""
+        if self._loader is not None:
+            self._loader._iterator = None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
