@@ -129,7 +129,11 @@ def make_recipe(folder: Path, settings: argparse.Namespace, compressed: bool = T
             "output_dir": str(folder / "run"),
             "precision": settings.dtype,
             "logging": {"every_steps": 10**6, "tensorboard": False},
-            "loader": {"workers": settings.workers, "prefetch": settings.prefetch},
+            "loader": {
+                "workers": settings.workers,
+                "prefetch": settings.prefetch,
+                **({} if settings.seen else {"cache_mb": 0}),
+            },
         }
     )
 
@@ -170,6 +174,8 @@ class TakeTurns(TrainerCallback):
         self.steps = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.settings.seen and state.epoch < 1:
+            return
         self.steps += 1
         if self.steps == self.settings.warmup:
             synchronize()
@@ -212,11 +218,11 @@ def measure_compression(folder: Path, settings: argparse.Namespace) -> list[tupl
 
 
 class Memory(TrainerCallback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, seen: bool) -> None:
+        self.steps, self.seen = steps, seen
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.steps:
+        if state.global_step >= self.steps and (not self.seen or state.epoch > 1):
             raise Finished
 
 
@@ -226,7 +232,7 @@ def measure_memory(arm: str, folder: Path, settings: argparse.Namespace) -> dict
     if arm == "project":
         before = resident_bytes()
         with contextlib.suppress(Finished):
-            run(recipe, callbacks=[Memory(settings.warmup + settings.steps)])
+            run(recipe, callbacks=[Memory(settings.warmup + settings.steps, settings.seen)])
     else:
         model, batches = prepared(recipe)
         loop = _plain_loop(model, recipe, batches)
@@ -330,6 +336,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=64, help="different images on disk")
     parser.add_argument("--repeats", type=int, default=64, help="conversations about each image")
     parser.add_argument("--image-pixels", type=int, default=512, help="side of the images on disk")
+    parser.add_argument("--seen", action="store_true", help="measure `path` after a first epoch, which is kept")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--words", type=int, nargs=2, default=[10, 30], metavar=("QUESTION", "ANSWER"))
     parser.add_argument("--output", type=Path, default=Path("throughput.json"))

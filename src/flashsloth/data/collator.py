@@ -45,6 +45,7 @@ class Collator:
         packing: `rows`: lay the samples into as few rows of `max_length` as they need; `single_row`: into one row.
         chat_template_kwargs: variables of the chat template.
         with_glyphs: add `glyphs`, the characters written on every image, which rendered samples know.
+        slots: of a worker, as `Batch`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Collator:
         packing: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         with_glyphs: bool = False,
+        slots: int | None = None,
     ) -> None:
         if packing not in (None, "rows", "single_row"):
             raise ValueError(f"packing is {packing!r}; use rows, single_row or None")
@@ -66,6 +68,7 @@ class Collator:
         self.packing = packing
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.with_glyphs = with_glyphs
+        self.slots = slots
 
     def __call__(self, items: Sequence[Record | Sample | EncodedSample]) -> Batch:
         """Batch tensors as `FlashSlothForConditionalGeneration.forward` takes them, with labels.
@@ -94,7 +97,7 @@ class Collator:
         if batch is None:
             logger.warning("no sample of a batch can be used; it counts for nothing")
             batch = self._empty_batch()
-        return Batch(self._pack(batch))
+        return Batch(self._pack(batch), self.slots)
 
     def _encode_usable(self, samples: dict[int, Sample]) -> dict[str, Tensor] | None:
         """A batch of those that can be used; the others are counted and taken out. None where none can."""

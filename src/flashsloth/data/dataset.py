@@ -49,8 +49,14 @@ def build_source(source: DataRecipe, name: str, seed: int, image_size: int, turn
     return WebdatasetStream(source, name, seed)
 
 
-def build_collator(recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlothProcessor") -> Collator:
-    """What makes the batches of a stage."""
+def build_collator(
+    recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlothProcessor", slots: int | None = None
+) -> Collator:
+    """What makes the batches of a stage.
+
+    Args:
+        slots: of a loader's worker, as `Batch`.
+    """
     packing = None
     if stage.packing:  # the kernels of flash attention know where samples end in a single row only
         packing = "single_row" if recipe.model.attention == "flash_attention_2" else "rows"
@@ -62,6 +68,7 @@ def build_collator(recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlot
         packing,
         stage.chat_template_kwargs,
         with_glyphs=stage.glyph_loss > 0,
+        slots=slots,
     )
 
 
