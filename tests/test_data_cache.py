@@ -128,7 +128,9 @@ def test_samples_are_kept_where_they_come_again(tmp_path, drawn, megabytes, kept
 
 def test_of_a_mixture_the_sources_that_repeat_are_kept(tmp_path):
     often, rarely = samples_of(tmp_path / "a"), samples_of(tmp_path / "b")
-    drawn = SyntheticSamples(SyntheticData(kind="synthetic", size=4, weights={"scenes": 1}), "drawn", "train", 0, 24, 1)
+    drawn = SyntheticSamples(
+        SyntheticData(kind="synthetic", size=4, weights={"scenes": 1}), "drawn", "train", 0, 24, 1
+    )
     mixture = MixedSamples(
         {"often": often, "rarely": rarely, "drawn": drawn}, {"often": 6, "rarely": 1, "drawn": 3}, 0
     )
