@@ -135,8 +135,14 @@ def test_recorded_calls_come_from_one_thread(quick_compiler: None, tmp_path: Pat
     session = load(folder, device="cpu", compile=True)
     session._thread = RecordingThread()  # as on a GPU
     seen = set()
-    session.model.register_forward_pre_hook(lambda *unused: seen.add(threading.get_ident()))
-    session.model.model.vision_tower.register_forward_pre_hook(lambda *unused: seen.add(threading.get_ident()))
+    for owner, name in ((session.model, "generate"), (session.model.model, "encode_views")):
+        function = getattr(owner, name)
+
+        def noted(*args, function=function, **kwargs):
+            seen.add(threading.get_ident())
+            return function(*args, **kwargs)
+
+        setattr(owner, name, noted)
     assert everything_asked(session) == expected
     stream = session.stream(noise_image(), QUESTIONS[0], max_new_tokens=NEW_TOKENS)
     assert "".join(stream).strip() == expected[0][0]

@@ -55,6 +55,7 @@ class SampleCache:
         self._block = _shared_bytes(self.share * max(writers, 1))
         self._used = torch.zeros(max(writers, 1), dtype=torch.int64).share_memory_()
         self._starts = torch.full((samples,), -1, dtype=torch.int64).share_memory_()
+        self._is_full = False  # as far as this process is concerned
 
     def get(self, index: int) -> EncodedSample | None:
         """The sample, where it is kept."""
@@ -68,12 +69,15 @@ class SampleCache:
 
     def put(self, index: int, arrays: Mapping[str, Any]) -> None:
         """Keep a sample, if there is room."""
+        if self._is_full or self._starts[index] >= 0:
+            return
         worker = get_worker_info()
         writer = 0 if worker is None else worker.id
         data = pickle.dumps(dict(arrays), protocol=pickle.HIGHEST_PROTOCOL)
         size = -(-(_LENGTH_BYTES + len(data)) // _LENGTH_BYTES) * _LENGTH_BYTES
         used = int(self._used[writer])
-        if used + size > self.share or self._starts[index] >= 0:
+        if used + size > self.share:
+            self._is_full = True
             return
         start = writer * self.share + used
         bytes_of_block = self._block.numpy()
