@@ -72,18 +72,20 @@ def test_kept_captions_are_those_of_fresh_ones(tmp_path, processor):
     assert isinstance(samples[2], EncodedSample)
 
 
-def test_workers_share_what_one_of_them_kept(tmp_path, processor):
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_share_what_one_of_them_kept(tmp_path, processor, start):
     collator = Collator(processor, "chat", 256)
     samples = samples_of(tmp_path)
     samples.cache = SampleCache(len(samples), 16, 2)
-    loader = DataLoader(samples, batch_size=2, num_workers=2, collate_fn=collator)
+    options = {"num_workers": 2, "collate_fn": collator, "multiprocessing_context": start}
+    loader = DataLoader(samples, batch_size=2, **options)
     first = list(loader)
     for path in tmp_path.glob("*.png"):
         path.unlink()  # nothing can be read any more
     for batch, expected in zip(loader, first, strict=True):
         assert_equal_batches(batch, expected)
     # the batches go to the other worker than before
-    swapped = DataLoader(samples, batch_sampler=[[2, 3], [0, 1]], num_workers=2, collate_fn=collator)
+    swapped = DataLoader(samples, batch_sampler=[[2, 3], [0, 1]], **options)
     for batch, expected in zip(swapped, [first[1], first[0]], strict=True):
         assert_equal_batches(batch, expected)
 
