@@ -131,7 +131,7 @@ def test_the_stages_really_run_the_model():
 def test_compiled_stages_are_compiled_once(monkeypatch):
     """The cache has its memory before anything is traced, and lies where it lay in every repetition."""
 
-    def compile_part(part, device, dynamic, cuda_graphs):
+    def compile_part(part, device, dynamic):
         part.compile(backend="aot_eager", dynamic=dynamic)
 
     torch._dynamo.reset()

@@ -28,9 +28,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are traced and guarded as always, but their kernels are torch's own: seconds instead of a minute."""
     torch._dynamo.reset()
 
-    def compile_part(
-        part: torch.nn.Module, device: torch.device, dynamic: bool | None, cuda_graphs: bool = False
-    ) -> None:
+    def compile_part(part: torch.nn.Module, device: torch.device, dynamic: bool | None) -> None:
         part.compile(backend="aot_eager", dynamic=dynamic)
 
     def decoding_config(device: torch.device) -> CompileConfig:

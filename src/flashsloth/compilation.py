@@ -46,23 +46,28 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(f"compiling is for cpu and cuda, not for {device.type}; leave --compile out")
 
 
-def compile_part(part: nn.Module, device: torch.device, dynamic: bool | None, cuda_graphs: bool = False) -> None:
+def compile_part(part: nn.Module, device: torch.device, dynamic: bool | None) -> None:
     """Compile the forward pass of a module in place, at its next call.
+
+    On a GPU the launches of a call are recorded and replayed as CUDA graphs; a cache must stay where it is in memory.
 
     Args:
         device: where the module runs.
         dynamic: False compiles anew for every shape, None for a second one and then for all.
-        cuda_graphs: on a GPU, record the launches of a call and replay them; a cache must stay where it is in memory.
 
     Raises:
         ValueError: as in `check_compiler`.
     """
     check_compiler(device)
-    recorded = cuda_graphs and device.type == "cuda"
-    part.compile(dynamic=dynamic, mode="reduce-overhead" if recorded else None)
-    if recorded:
+    part.compile(dynamic=dynamic, mode=_mode(device))
+    if device.type == "cuda":
         replay = part._compiled_call_impl
         part._compiled_call_impl = lambda *args, **kwargs: _copied(replay(*args, **kwargs))
+
+
+def _mode(device: torch.device) -> str:
+    """Of torch.compile: with CUDA graphs where there are any."""
+    return "reduce-overhead" if device.type == "cuda" else "default"
 
 
 def _copied(output: Any) -> Any:
@@ -77,7 +82,7 @@ def _copied(output: Any) -> Any:
 def decoding_config(device: torch.device) -> CompileConfig:
     """How `generate` compiles the steps after the prompt, given a static cache."""
     # one graph for all sizes of cache; its launches on a GPU are recorded for each size
-    config = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=True)
+    config = CompileConfig(mode=_mode(device), dynamic=True)
     config._compile_all_devices = True  # otherwise `generate` compiles for accelerators only
     return config
 

@@ -133,10 +133,9 @@ class FlashSloth:
         self.model, self.processor, self.name = model, processor, name
         self.share_equal_views = share_equal_views
         self.compile_config: CompileConfig | None = None
-        self._thread: RecordingThread | None = None
+        self._thread = RecordingThread() if compile and model.device.type == "cuda" else None
         if compile:
-            self._thread = RecordingThread() if model.device.type == "cuda" else None
-            compile_part(model.model.vision_tower, model.device, dynamic=None, cuda_graphs=True)
+            compile_part(model.model.vision_tower, model.device, dynamic=None)
             self.compile_config = decoding_config(model.device)
 
     @property
@@ -189,7 +188,7 @@ class FlashSloth:
         return self._call(self.model.model.encode_views, pixel_values.to(self.device))
 
     def generate(self, **arguments: Any) -> Any:
-        """As the model's `generate`; safe from any thread."""
+        """As the model's `generate`, in the thread of its CUDA graphs where they are recorded."""
         return self._call(self.model.generate, **arguments)
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

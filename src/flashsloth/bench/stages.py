@@ -225,8 +225,8 @@ class Stages:
         self.mask = {"attention_mask": torch.ones(self.case.batch, room, dtype=torch.long, device=device)}
         # a cache gets its memory in its first call: in a recorded one it would lie in what replays overwrite
         self._step(self.embeds_BTD, self.static_cache)
-        compile_part(parts.vision, device, dynamic=False, cuda_graphs=True)
-        compile_part(parts.language_model, device, dynamic=False, cuda_graphs=True)
+        compile_part(parts.vision, device, dynamic=False)
+        compile_part(parts.language_model, device, dynamic=False)
 
     def _prepare_own(self) -> None:
         from PIL import Image
