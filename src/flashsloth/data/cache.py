@@ -18,7 +18,6 @@ from torch.utils.data import get_worker_info
 logger = logging.getLogger(__name__)
 
 MEGABYTE = 2**20
-_LENGTH_BYTES = 8
 _SHARED_MEMORY = Path("/dev/shm")
 _USABLE_SHARE = 0.5  # of the shared memory that is free; batches travel in it too
 
@@ -40,7 +39,7 @@ class SampleCache:
     """
 
     def __init__(self, samples: int, megabytes: int, writers: int) -> None:
-        size = megabytes * MEGABYTE
+        size, writers = megabytes * MEGABYTE, max(writers, 1)
         if _SHARED_MEMORY.is_dir():
             usable = int(shutil.disk_usage(_SHARED_MEMORY).free * _USABLE_SHARE)
             if usable < size:
@@ -51,41 +50,37 @@ class SampleCache:
                     size // MEGABYTE,
                     _SHARED_MEMORY,
                 )
-        self.share = size // max(writers, 1)
-        self._block = _shared_bytes(self.share * max(writers, 1))
-        self._used = torch.zeros(max(writers, 1), dtype=torch.int64).share_memory_()
-        self._starts = torch.full((samples,), -1, dtype=torch.int64).share_memory_()
+        self.share = size // writers
+        self._block = _shared_bytes(self.share * writers)
+        self._used = torch.zeros(writers, dtype=torch.int64).share_memory_()
+        self._starts = torch.zeros(samples, dtype=torch.int64).share_memory_()
+        self._lengths = torch.zeros(samples, dtype=torch.int64).share_memory_()  # 0: not kept
         self._is_full = False  # as far as this process is concerned
 
     def get(self, index: int) -> EncodedSample | None:
         """The sample, where it is kept."""
-        start = int(self._starts[index])
-        if start < 0:
+        length = int(self._lengths[index])
+        if not length:
             return None
-        bytes_of_block = self._block.numpy()
-        stop = start + _LENGTH_BYTES
-        length = int(bytes_of_block[start:stop].view(np.int64)[0])
-        return EncodedSample(pickle.loads(bytes_of_block[stop : stop + length]))
+        start = int(self._starts[index])
+        return EncodedSample(pickle.loads(self._block.numpy()[start : start + length]))
 
     def put(self, index: int, arrays: Mapping[str, Any]) -> None:
         """Keep a sample, if there is room."""
-        if self._is_full or self._starts[index] >= 0:
+        if self._is_full or self._lengths[index]:
             return
         worker = get_worker_info()
         writer = 0 if worker is None else worker.id
         data = pickle.dumps(dict(arrays), protocol=pickle.HIGHEST_PROTOCOL)
-        size = -(-(_LENGTH_BYTES + len(data)) // _LENGTH_BYTES) * _LENGTH_BYTES
         used = int(self._used[writer])
-        if used + size > self.share:
+        if used + len(data) > self.share:
             self._is_full = True
             return
         start = writer * self.share + used
-        bytes_of_block = self._block.numpy()
-        stop = start + _LENGTH_BYTES
-        bytes_of_block[start:stop].view(np.int64)[0] = len(data)
-        bytes_of_block[stop : stop + len(data)] = np.frombuffer(data, dtype=np.uint8)
-        self._used[writer] = used + size
+        self._block.numpy()[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        self._used[writer] = used + len(data)
         self._starts[index] = start
+        self._lengths[index] = len(data)  # last: from here on others read it
 
 
 def _shared_bytes(size: int) -> Tensor:

@@ -79,7 +79,7 @@ class Collator:
         Raises:
             ValueError: more samples are broken than their source allows.
         """
-        rows = {place: item.arrays for place, item in enumerate(items) if isinstance(item, EncodedSample)}
+        known = {place: item.arrays for place, item in enumerate(items) if isinstance(item, EncodedSample)}
         loaded = (
             (place, item.load() if isinstance(item, Record) else item)
             for place, item in enumerate(items)
@@ -87,13 +87,15 @@ class Collator:
         )
         samples = {place: sample for place, sample in loaded if sample is not None}
         batch = self._encode_usable(samples)
-        if batch is not None and (rows or any(sample.keep for sample in samples.values())):
-            for (place, sample), row in zip(samples.items(), split_rows(batch), strict=True):
-                rows[place] = row
-                if sample.keep is not None:
-                    sample.keep(row)
-        if len(rows) > len(samples):
-            batch = self._join([rows[place] for place in sorted(rows)])
+        fresh = {}
+        if batch is not None and (known or any(sample.keep for sample in samples.values())):
+            fresh = dict(zip(samples, split_rows(batch), strict=True))
+            for place, row in fresh.items():
+                if keep := samples[place].keep:
+                    keep(row)
+        if known:
+            rows = known | fresh
+            batch = dict(self.processor.pad([rows[place] for place in sorted(rows)], **self._padding()))
         if batch is None:
             logger.warning("no sample of a batch can be used; it counts for nothing")
             batch = self._empty_batch()
@@ -116,11 +118,6 @@ class Collator:
                 return batch
         return None
 
-    def _join(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        options = self._options(with_pixels=True)
-        names = ("padding", "padding_side", "pad_to_multiple_of", "return_tensors")
-        return dict(self.processor.pad(rows, **{name: options[name] for name in names}))
-
     def encode(self, samples: Sequence[Sample], with_pixels: bool = True) -> dict[str, Tensor]:
         """A padded batch of whole samples.
 
@@ -142,11 +139,12 @@ class Collator:
         return True
 
     def _options(self, with_pixels: bool) -> dict[str, Any]:
+        return {"return_labels": True, "return_pixel_values": with_pixels, **self._padding()}
+
+    def _padding(self) -> dict[str, Any]:
         # right padding: under causal attention no token then looks at padding
         return {
-            "return_labels": True,
             "return_tensors": "pt",
-            "return_pixel_values": with_pixels,
             "padding": True,
             "padding_side": "right",
             # packed rows are rounded up as a whole

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cpu_kernels import keep_freed_memory, lacks_kernels
 from ..data.dataset import build_collator, build_dataset, keep_encoded_samples
 from ..data.packing import check_packing
-from ..data.transport import forget_slots
+from ..data.recipe import is_streamed
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .adapters import add_adapter, finish_adapter_folder
@@ -124,12 +123,11 @@ def _run_stage(
     apply_kernels(model, recipe.kernels, uses_cpu())
     if recipe.torch_compile:
         model.model.compile(dynamic=False)
-    streamed = isinstance(dataset, IterableDataset)
     # the last worker of a stream to have samples makes the batches of all others
-    slots = None if streamed else recipe.loader.prefetch + 1
+    slots = None if is_streamed(recipe.data[stage.data], recipe.data) else recipe.loader.prefetch + 1
     trainer = StageTrainer(
         model=model,
-        args=training_arguments(recipe, stage, stage_dir, dataset.is_independent, streamed),
+        args=training_arguments(recipe, stage, stage_dir, sequential=dataset.is_independent),
         stage=stage,
         train_dataset=dataset,
         data_collator=build_collator(recipe, stage, processor, slots),
@@ -151,7 +149,6 @@ def _run_stage(
         keep_freed_memory()  # a step frees and asks again for the same memory
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
     trainer.stop_workers()
-    forget_slots()
     if trainer.glyph_supervision is not None:
         trainer.glyph_supervision.remove()
     if dataset.num_broken:

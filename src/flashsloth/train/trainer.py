@@ -14,7 +14,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import strtobool
 
+from ..data.recipe import is_streamed
 from ..data.sampler import ModalityLengthSampler
+from ..data.transport import forget_slots
 from .callbacks import reporters
 from .glyphs import GlyphSupervision
 from .optimization import ProgressScheduler, build_optimizer
@@ -51,15 +53,8 @@ def uses_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def training_arguments(
-    recipe: Recipe, stage: StageRecipe, output_dir: Path, sequential: bool, streamed: bool = False
-) -> TrainingArguments:
-    """Translate a stage into the Trainer's arguments.
-
-    Args:
-        sequential: samples are read in order.
-        streamed: the data set has no index.
-    """
+def training_arguments(recipe: Recipe, stage: StageRecipe, output_dir: Path, sequential: bool) -> TrainingArguments:
+    """Translate a stage into the Trainer's arguments."""
     workers = recipe.loader.workers
     steps = stage.max_steps or (UNLIMITED_STEPS if stage.epochs is None else -1)
     return TrainingArguments(
@@ -91,7 +86,7 @@ def training_arguments(
         dataloader_prefetch_factor=recipe.loader.prefetch if workers else None,
         # a worker is a copy of this process: all memory that is written after it has started is copied, in every epoch
         # if they start anew. Those of a stream begin it again where its copy in this process says.
-        dataloader_persistent_workers=bool(workers) and not streamed,
+        dataloader_persistent_workers=bool(workers) and not is_streamed(recipe.data[stage.data], recipe.data),
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -170,6 +165,7 @@ class StageTrainer(Trainer):
         """End the loader's worker processes; they wait for another epoch otherwise, as long as this process runs."""
         if self._loader is not None:
             self._loader._iterator = None
+        forget_slots()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
