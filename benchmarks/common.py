@@ -21,7 +21,7 @@ SIGLIP_BASE = {
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and threads in use, and versions."""
+    """Processor, cores and threads in use, GPU if there is one, and versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
@@ -29,6 +29,7 @@ def machine() -> dict[str, Any]:
         "processor": ", ".join(sorted(models)) or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "flashsloth": flashsloth.__version__,

@@ -67,6 +67,7 @@ KILL_AFTER_LINES = 0.3
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Output = Annotated[Path, typer.Option("--output", "-o", help="JSON file; a markdown table is written beside it.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or another of torch's.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.", min=0)]
 
 
@@ -105,6 +106,7 @@ def batches(
         int, typer.Option("--rounds", help="Repetitions; the two take turns, each over all images.", min=1)
     ] = 3,
     model: str = "nano",
+    device: Device = "cpu",
     dtype: Dtype = "float32",
     threads: Threads = 0,
     output: Output = Path("batches.json"),
@@ -116,8 +118,8 @@ def batches(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         records = _render(folder, images)
-        settings = RunSettings(model, "cpu", dtype, batch_size, workers, streams)
-        session = inference.load(model, "cpu", dtype)
+        settings = RunSettings(model, device, dtype, batch_size, workers, streams)
+        session = inference.load(model, device, dtype)
         for record in records[:8]:
             session.ask(list(record.images), record.question)
         run_records(records[:batch_size], folder / "warm.jsonl", settings)
@@ -146,6 +148,7 @@ def batches(
             "workers": workers,
             "streams": streams,
             "model": model,
+            "device": device,
             "dtype": dtype,
         },
         "images_per_second": {name: _spread(values) for name, values in rates.items()},
@@ -156,7 +159,7 @@ def batches(
     }
     rows = [
         [
-            f"{model}, {dtype}, batch {batch_size}, {workers} workers",
+            f"{model} on {device}, {dtype}, batch {batch_size}, {workers} workers",
             *(f"{report['images_per_second'][arm]['median']:.1f}" for arm in ("ask", "run")),
             f"{report['ratio']['median']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             f"{different} of {rounds * images}",
@@ -186,7 +189,7 @@ def _kill_and_resume(folder: Path, settings: RunSettings, expected: dict[str, st
     """The command line killed with signal 9 amid its run, then started again."""
     path = folder / "killed.jsonl"
     command = [sys.executable, "-m", "flashsloth_cli", "run", str(folder / "records.jsonl"), "-o", str(path)]
-    command += ["--model", settings.model, "--dtype", settings.dtype, "--device", "cpu"]
+    command += ["--model", settings.model, "--dtype", settings.dtype, "--device", settings.device]
     command += ["--batch-size", str(settings.batch_size), "--workers", str(settings.workers)]
     command += ["--streams", str(settings.streams)] if settings.streams else []
     wanted = int(KILL_AFTER_LINES * len(expected))
@@ -219,10 +222,12 @@ def encode_once(
     ] = "nano",
     images: Annotated[int, typer.Option("--images", help="Images, each asked all ten questions.", min=1)] = 10,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = 4,
+    device: Device = "cpu",
     dtype: Dtype = "float32",
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="A scheme of `flashsloth quantize`.", show_default=False)
     ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="As in `flashsloth ask`; not timed.")] = False,
     threads: Threads = 0,
     output: Output = Path("encode_once.json"),
 ) -> None:
@@ -231,9 +236,9 @@ def encode_once(
     if threads:
         torch.set_num_threads(threads)
     if shape == "nano":
-        session = inference.load("nano", "cpu", dtype, quantization)
+        session = inference.load("nano", device, dtype, quantization, compile)
     else:
-        session = _random_session(shape, dtype, quantization)
+        session = _random_session(shape, device, dtype, quantization, compile)
     data = SyntheticDataset("test", images, seed=7, weights=FAMILIES, turns=1)
     pictures = [data.sample(index).image for index in range(images)]
     seconds: dict[str, list[list[float]]] = {}
@@ -262,15 +267,17 @@ def encode_once(
             "shape": shape,
             "images": images,
             "max_new_tokens": max_new_tokens,
+            "device": device,
             "dtype": dtype,
             "quantization": quantization,
+            "compile": compile,
             "batch": 1,
         },
         "visual_tokens": config.num_image_tokens,
         "views": config.num_views,
         "ways": ways,
     }
-    title = ", ".join(filter(None, (shape, dtype, quantization)))
+    title = ", ".join(filter(None, (f"{shape} on {device}", dtype, quantization, "compiled" if compile else None)))
     table = [
         [
             f"{title}: {way}",
@@ -305,7 +312,9 @@ def _ask_all(
     return walls, processors, tokens
 
 
-def _random_session(shape: str, dtype: str, quantization: str | None) -> inference.FlashSloth:
+def _random_session(
+    shape: str, device: str, dtype: str, quantization: str | None, compile: bool
+) -> inference.FlashSloth:
     """Random weights filled for real, prepared as `inference.load` does; nano's tokenizer and template."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape is {shape!r}; use nano, {' or '.join(SHAPES)}")
@@ -318,7 +327,8 @@ def _random_session(shape: str, dtype: str, quantization: str | None) -> inferen
         setattr(config.text_config, name, getattr(text, name))
     torch.manual_seed(0)
     torch.set_default_dtype(inference.DTYPES[dtype])
-    model = FlashSlothForConditionalGeneration(config).eval()
+    with inference.select_device(device):
+        model = FlashSlothForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None  # random weights: answers of equal length
     model.generation_config.pad_token_id = text.pad_token_id
@@ -326,12 +336,12 @@ def _random_session(shape: str, dtype: str, quantization: str | None) -> inferen
     model.generation_config.suppress_tokens = list(range(text.vocab_size, config.text_config.vocab_size)) or None
     if quantization is not None:
         quantize_(model, quantization)
-    if chosen_kernels("auto", "cpu") == "packed":
+    if chosen_kernels("auto", model.device.type, compile) == "packed":
         prepare_for_cpu_(model)
     processor = FlashSlothProcessor.from_config(
         config, nano.processor.tokenizer, chat_template=nano.processor.chat_template
     )
-    return inference.FlashSloth(model, processor, name=shape)
+    return inference.FlashSloth(model, processor, name=shape, compile=compile)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
