@@ -98,7 +98,9 @@ def _processor_seconds() -> float:
 def batches(
     images: Annotated[int, typer.Option("--images", help="Rendered images, each with one question.", min=8)] = 500,
     batch_size: Annotated[int, typer.Option("--batch-size", help="As in `flashsloth run`.", min=1)] = 32,
-    workers: Annotated[int, typer.Option("--workers", help="As in `flashsloth run`.", min=0)] = 1,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="As in `flashsloth run`.", min=0, show_default=False)
+    ] = None,
     streams: Annotated[
         int | None, typer.Option("--streams", help="As in `flashsloth run`.", min=1, show_default=False)
     ] = None,
@@ -159,7 +161,7 @@ def batches(
     }
     rows = [
         [
-            f"{model} on {device}, {dtype}, batch {batch_size}, {workers} workers",
+            f"{model} on {device}, {dtype}, batch {batch_size}" + ("" if workers is None else f", {workers} workers"),
             *(f"{report['images_per_second'][arm]['median']:.1f}" for arm in ("ask", "run")),
             f"{report['ratio']['median']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             f"{different} of {rounds * images}",
@@ -190,7 +192,8 @@ def _kill_and_resume(folder: Path, settings: RunSettings, expected: dict[str, st
     path = folder / "killed.jsonl"
     command = [sys.executable, "-m", "flashsloth_cli", "run", str(folder / "records.jsonl"), "-o", str(path)]
     command += ["--model", settings.model, "--dtype", settings.dtype, "--device", settings.device]
-    command += ["--batch-size", str(settings.batch_size), "--workers", str(settings.workers)]
+    command += ["--batch-size", str(settings.batch_size)]
+    command += [] if settings.workers is None else ["--workers", str(settings.workers)]
     command += ["--streams", str(settings.streams)] if settings.streams else []
     wanted = int(KILL_AFTER_LINES * len(expected))
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -91,6 +91,21 @@ def test_worker_processes_change_nothing(asked, tmp_path):
     assert lines(tmp_path / "0.jsonl") == lines(tmp_path / "2.jsonl")
 
 
+@pytest.mark.parametrize(("threads", "streams", "expected"), [(2, None, 0), (2, 1, 1), (1, None, 0), (8, None, 1)])
+def test_a_worker_is_started_where_a_thread_is_left(asked, tmp_path, monkeypatch, threads, streams, expected):
+    class Enough(Exception):
+        pass
+
+    def loader(*args, num_workers, **kwargs):
+        raise Enough(num_workers)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("flashsloth.offline.runner.DataLoader", loader)
+    with pytest.raises(Enough) as found:
+        run_records(read_records(str(asked)), tmp_path / "a.jsonl", RunSettings(device="cpu", streams=streams))
+    assert found.value.args == (expected,)
+
+
 def test_batches_side_by_side_change_nothing_but_their_order(asked, tmp_path):
     records, threads = read_records(str(asked)), torch.get_num_threads()
     found, together = [], set()

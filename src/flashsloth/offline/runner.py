@@ -29,7 +29,8 @@ class RunSettings:
         model: packaged model, folder or hub id.
         device, dtype: as in `flashsloth.inference.load`.
         batch_size: records asked at once.
-        workers: processes that decode and resize images ahead of the model; 0 does it in between.
+        workers: processes that decode and resize images ahead of the model; 0 does it in between. None is 0 on a CPU
+            with no more threads than streams, else 1.
         streams: batches answered side by side, each by its share of torch's threads; None is 2 on a CPU with several
             threads where nothing is compiled, else 1.
         max_new_tokens: longest answer; default that of the model.
@@ -45,7 +46,7 @@ class RunSettings:
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int = 32
-    workers: int = 1
+    workers: int | None = None
     streams: int | None = None
     max_new_tokens: int | None = None
     retry_errors: bool = False
@@ -138,18 +139,20 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     session = settings.load()
     longest_prompt, new_tokens = _limits(session, settings)
     batches = plan_batches(records, settings.batch_size)
+    on_cpu, threads = session.device.type == "cpu", torch.get_num_threads()
+    streams, workers = settings.streams, settings.workers
+    if streams is None:
+        streams = STREAMS_OF_A_CPU if on_cpu and threads > 1 and not settings.compile else 1
+    if workers is None:
+        workers = 0 if on_cpu and streams >= threads else 1
     loader = DataLoader(
         BatchPreparation(records, batches, session.processor, longest_prompt),
         batch_size=None,
-        num_workers=settings.workers,
-        multiprocessing_context="spawn" if settings.workers and session.device.type == "cuda" else None,
-        prefetch_factor=2 if settings.workers else None,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers and session.device.type == "cuda" else None,
+        prefetch_factor=2 if workers else None,
     )
     yield []
-    streams = settings.streams
-    if streams is None:
-        splits = session.device.type == "cpu" and torch.get_num_threads() > 1 and not settings.compile
-        streams = STREAMS_OF_A_CPU if splits else 1
     if streams == 1:
         for batch in loader:
             yield answer(session, batch, new_tokens)

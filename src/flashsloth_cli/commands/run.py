@@ -33,7 +33,14 @@ def run(
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
     batch_size: Annotated[int, typer.Option(help="Records asked at once.", min=1)] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that decode images ahead of the model.", min=0)] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that decode images ahead of the model; default 0 on a CPU of two threads or fewer, else 1.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     streams: Annotated[
         int | None,
         typer.Option(help="Batches answered side by side; default 2 on a CPU, else 1.", min=1, show_default=False),
