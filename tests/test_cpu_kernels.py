@@ -96,8 +96,9 @@ def test_a_packed_layer_refuses_to_be_trained():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_by_products_is_attention(dtype):
+def test_attention_by_products_is_attention(dtype, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(cpu_kernels, "_PROMPT_DTYPES", (dtype,))
     query, key, value = (torch.randn(2, 3, 7, 8).to(dtype) for _ in range(3))
     module = nn.Module()
     module.is_causal = False
@@ -132,13 +133,15 @@ def test_a_single_query_sees_every_key(key_heads, masked, monkeypatch):
     seen = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     seen[1, :, :, :4] = False
     mask = {None: None, "bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))}[masked]
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_KEYS", key.numel())
+    products = 6 * 9 * 8  # of one row, however many there are
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_PRODUCTS", {torch.float32: products})
     found, _ = matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
     expected = functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_KEYS", key.numel() + 1)
-    with pytest.raises(TypeError):
-        matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
+    for fewest in ({torch.float32: products + 1}, {}):
+        monkeypatch.setattr(cpu_kernels, "_FEWEST_PRODUCTS", fewest)
+        with pytest.raises(TypeError):
+            matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
 
 
 def test_int8_layers_of_torchao_keep_their_numbers():

@@ -7,7 +7,7 @@
 - `WidenedLinear` multiplies weights held in 16 bits in float32 where the processor has no kernels for them.
 - `Int8Linear` takes the place of layers that torchao quantized to int8-dynamic, whose own kernels on a CPU are slower
   than bfloat16: the same numbers, by oneDNN.
-- `matmul_attention` replaces PyTorch's fused attention in bfloat16, where two matrix products are quicker.
+- `matmul_attention` replaces PyTorch's fused attention where two matrix products are quicker.
 
 Shape suffixes: B rows, H heads, T positions, W width of a head.
 """
@@ -42,13 +42,16 @@ MATMUL_ATTENTION = "matmul"
 X86 = ("x86_64", "AMD64")
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
 _SCORES = 2**21  # numbers between two products; more of them leave the cache
-_FEWEST_KEYS = 2**17  # numbers in the keys that a single query reads; below that the fused kernel is quicker
+# Where two products beat the fused kernel: for prompts in these dtypes, and for a step of an answer from so many
+# multiplications of a row's query with its keys.
+_PROMPT_DTYPES = (torch.bfloat16,)
+_FEWEST_PRODUCTS = {torch.bfloat16: 2**15, torch.float32: 2**17}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
 # torch's allocator reads it when it first allocates, and then asks Linux for huge pages: a step of an answer reads
 # every weight, and looking up small pages costs it a fifth of its time
 HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"
-_SMALLEST_WEIGHT = 2**19  # numbers of a decoder's layer; below that a step costs more than the layout saves
+_SMALLEST_WEIGHT = 2**15  # numbers of a decoder's layer; below that a step costs more than the layout saves
 
 
 def chosen_kernels(kernels: str, device: str, compiled: bool = False) -> str:
@@ -120,7 +123,7 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
         if replaced and part.config._attn_implementation == "sdpa":
             if widened:
                 part.set_attn_implementation(WIDENED_ATTENTION)
-            elif model.dtype == torch.bfloat16:
+            elif model.dtype in _FEWEST_PRODUCTS:
                 part.set_attn_implementation(MATMUL_ATTENTION)
     return replaced
 
@@ -233,22 +236,27 @@ def matmul_attention(
     """Attention by two matrix products and a softmax, in the dtype of its inputs; causal as transformers' sdpa is.
 
     PyTorch's fused kernel takes over where there is dropout or a gradient, for a single query over few keys, and for
-    several queries where there is a mask, a cache in use or shared key heads.
+    several queries in float32, or where there is a mask, a cache in use or shared key heads.
 
     Returns:
         (B, T, H, W), and None for the weights.
     """
     rows, heads, positions, width = query_BHTW.shape
+    dtype, keys = query_BHTW.dtype, key_BHTW.shape[2]
     if positions == 1:  # a step of an answer: query heads that share a key head are rows of one product
-        fits = key_BHTW.numel() >= _FEWEST_KEYS and (attention_mask is None or attention_mask.shape[1] == 1)
+        fits = dtype in _FEWEST_PRODUCTS and heads * keys * width >= _FEWEST_PRODUCTS[dtype]
+        fits = fits and (attention_mask is None or attention_mask.shape[1] == 1)
     else:
-        fits = attention_mask is None and query_BHTW.shape == key_BHTW.shape
+        fits = dtype in _PROMPT_DTYPES and attention_mask is None and query_BHTW.shape == key_BHTW.shape
     if dropout or query_BHTW.requires_grad or not fits:
         return sdpa_attention_forward(
             module, query_BHTW, key_BHTW, value_BHTW, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     key, value = key_BHTW.flatten(0, 1), value_BHTW.flatten(0, 1)
     query = query_BHTW.reshape(len(key), -1, width) * (width**-0.5 if scaling is None else scaling)
+    if positions == 1 and attention_mask is None:
+        weights = functional.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
+        return torch.bmm(weights, value).view(rows, 1, heads, width), None
     bias = query.new_zeros(1, 1, 1)
     causal = kwargs.get("is_causal")
     if attention_mask is not None:
@@ -256,7 +264,7 @@ def matmul_attention(
         if bias.dtype == torch.bool:
             bias = query.new_zeros(bias.shape).masked_fill_(~bias, float("-inf"))
         bias = bias.expand(-1, key_BHTW.shape[1], -1, -1).flatten(0, 1)
-    elif positions > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+    elif getattr(module, "is_causal", True) if causal is None else causal:
         bias = query.new_full((1, positions, positions), float("-inf")).triu_(1)
     bias = bias.expand(len(key), -1, -1)
     mixed = torch.empty_like(query)
