@@ -339,7 +339,7 @@ def _random_session(
     model.generation_config.suppress_tokens = list(range(text.vocab_size, config.text_config.vocab_size)) or None
     if quantization is not None:
         quantize_(model, quantization)
-    if chosen_kernels("auto", model.device.type, compile) == "packed":
+    if chosen_kernels("auto", model.device.type) == "packed":
         prepare_for_cpu_(model)
     processor = FlashSlothProcessor.from_config(
         config, nano.processor.tokenizer, chat_template=nano.processor.chat_template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from transformers import CompileConfig, PreTrainedConfig, StaticCache
 
 from flashsloth import compilation, inference
 from flashsloth.compilation import CACHE_STEP, RecordingThread, check_compiler
+from flashsloth.cpu_kernels import PackedLinear, supported
 from flashsloth.inference import FlashSloth, load
 from flashsloth.int8_linear import Int8Linear, onednn_available
 from flashsloth.offline import Record, RunSettings, run_records
+from flashsloth.widened_layers import WidenedLinear
 from flashsloth_cli.main import main
 from tiny_session import noise_image, tiny_folder
 
@@ -201,12 +204,22 @@ def test_a_bad_image_is_refused_before_anything_is_compiled(capsys: pytest.Captu
     assert "absent.png" in err and "compiled" not in err
 
 
-@pytest.mark.skipif(not onednn_available(), reason="this processor has no VNNI")
+@pytest.mark.parametrize(
+    "quick_form",
+    [
+        pytest.param(Int8Linear.from_float, marks=pytest.mark.skipif(not onednn_available(), reason="no VNNI here")),
+        pytest.param(PackedLinear, marks=pytest.mark.skipif(not supported(torch.float32), reason="no oneDNN here")),
+        WidenedLinear,
+    ],
+    ids=["int8", "packed", "widened"],
+)
 @torch.inference_mode()
-def test_an_int8_layer_compiles_to_the_same_numbers() -> None:
+def test_a_quick_layer_compiles_to_the_same_numbers(quick_form: Callable[[torch.nn.Linear], torch.nn.Module]) -> None:
     torch._dynamo.reset()
-    layer, values = Int8Linear.from_float(torch.nn.Linear(64, 32)), torch.randn(2, 5, 64)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(values), layer(values))
+    layer = quick_form(torch.nn.Linear(64, 32).requires_grad_(False))
+    for rows in (9, 1):
+        values = torch.randn(2, rows, 64)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(values), layer(values))
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from .int8_linear import Int8Linear, PromptAndTokenLinear, SharedRounding
 from .model.backbones import decoder_layers
 from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from .opaque_products import opaque
 from .widened_layers import WIDENED_ATTENTION, WIDENED_DTYPES, refuse_gradient, widen_
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"
 _SMALLEST_WEIGHT = 2**15  # numbers of a decoder's layer; below that a step costs more than the layout saves
 
 
-def chosen_kernels(kernels: str, device: str, compiled: bool = False) -> str:
+def chosen_kernels(kernels: str, device: str) -> str:
     """What "auto", "torch" or "packed" means on a device: "torch" or "packed".
 
     Raises:
@@ -62,13 +63,11 @@ def chosen_kernels(kernels: str, device: str, compiled: bool = False) -> str:
     """
     if kernels not in KERNELS:
         raise ValueError(f"unknown kernels {kernels!r}; use {', '.join(KERNELS)}")
-    usable = device == "cpu" and not compiled and supported(torch.float32)
+    usable = device == "cpu" and supported(torch.float32)
     if kernels == "auto":
         return "packed" if usable else "torch"
     if kernels == "packed" and not usable:
-        raise ValueError(
-            "packed kernels need an x86 processor, a torch with oneDNN, a model on the CPU, and no compiling"
-        )
+        raise ValueError("packed kernels need an x86 processor, a torch with oneDNN, and a model on the CPU")
     return kernels
 
 
@@ -180,7 +179,7 @@ def _fuse_activation(module: nn.Module) -> bool:
     approximate = next((form for kind, form in _GELUS.items() if type(activation) is kind), None)
     if approximate is None:
         return False
-    first.activation = ("gelu", [], approximate)
+    first.activation = ("gelu", approximate)
     module.activation_fn = nn.Identity()
     return True
 
@@ -198,7 +197,7 @@ class PackedLinear(nn.Module):
         # not a buffer: an opaque tensor cannot be moved or cast
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.activation: tuple[str, list[float | None], str] = ("none", [], "")  # name, numbers, form
+        self.activation = ("none", "")  # name, form
 
     @property
     def weight(self) -> Tensor:
@@ -212,7 +211,7 @@ class PackedLinear(nn.Module):
             RuntimeError: a gradient is wanted.
         """
         refuse_gradient(inputs)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, *self.activation)
+        return _product(inputs, self.packed, self.bias, self.out_features, *self.activation)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -221,6 +220,25 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape + (f", activation={self.activation[0]}" if self.activation[0] != "none" else "")
+
+
+def _packed_product(
+    inputs: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str, form: str
+) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, activation, [], form)
+
+
+def _shape_of_product(
+    inputs: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str, form: str
+) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], out_features)
+
+
+_product = opaque(
+    "packed_product(Tensor inputs, Tensor packed, Tensor? bias, SymInt out_features, str activation, str form) -> Tensor",
+    _packed_product,
+    _shape_of_product,
+)
 
 
 def matmul_attention(

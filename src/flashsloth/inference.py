@@ -65,8 +65,8 @@ def load(
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
         quantization: scheme of `quantization.quantize_`, applied in memory, on the device.
         compile, share_equal_views: as in `FlashSloth`.
-        kernels: "auto" packs layers for oneDNN on a CPU where nothing is compiled (`cpu_kernels`), after which
-            the model only answers; "torch" leaves it as it is, to be trained or moved.
+        kernels: "auto" packs layers for oneDNN on a CPU (`cpu_kernels`), after which the model only answers;
+            "torch" leaves it as it is, to be trained or moved.
 
     Raises:
         ValueError: unknown model, device, dtype, kernels or scheme; a checkpoint that does not hold exactly the
@@ -76,7 +76,7 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
     target = select_device(device)
-    kernels = chosen_kernels(kernels, target.type, compile)
+    kernels = chosen_kernels(kernels, target.type)
     folder = hub.resolve(name)
     if not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder} has no processor (processor_config.json); was the checkpoint without a tokenizer?")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .opaque_products import opaque
 from .widened_layers import FEW_ROWS, widened_product
 
 SMALLEST_INT8, LARGEST_INT8 = -128, 127
@@ -74,9 +75,7 @@ class Int8Linear(nn.Module):
             return result if self.bias is None else result + self.bias
         dtype = values.dtype if values.dtype in _PRODUCT_DTYPES else torch.float32
         rounded_BK, scale_B1 = self.round(values) if self.shared is None else self.shared.take(self, values)
-        # a call through the library of operators costs as much as a small product, so only where it is needed
-        product = _opaque_product if torch.compiler.is_compiling() else _product
-        result_BN = product(rounded_BK, self.packed, self.scale, self.zero_points, dtype).to(values.dtype)
+        result_BN = _product(rounded_BK, self.packed, self.scale, self.zero_points, dtype).to(values.dtype)
         scale_B1 = scale_B1.to(values.dtype)
         if self.bias is None:
             result_BN.mul_(scale_B1)
@@ -152,21 +151,25 @@ class SharedRounding:
         return last[1]
 
 
-def _product(rounded_BK: Tensor, packed: Tensor, scale_N: Tensor, zero_points_N: Tensor, dtype: torch.dtype) -> Tensor:
+def _onednn_product(
+    rounded_BK: Tensor, packed: Tensor, scale_N: Tensor, zero_points_N: Tensor, dtype: torch.dtype
+) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(
         rounded_BK, 1.0, _ZERO_POINT, packed, scale_N, zero_points_N, None, 1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
 
 
-# The compiler takes a weight of oneDNN's product for a constant of the graph, and fails where it is a module's.
-_opaque_product = torch.library.custom_op("flashsloth::int8_product", _product, mutates_args=())
-
-
-@_opaque_product.register_fake
 def _shape_of_product(
     rounded_BK: Tensor, packed: Tensor, scale_N: Tensor, zero_points_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
     return rounded_BK.new_empty(rounded_BK.shape[0], scale_N.shape[0], dtype=dtype)
+
+
+_product = opaque(
+    "int8_product(Tensor rounded_BK, Tensor packed, Tensor scale_N, Tensor zero_points_N, ScalarType dtype) -> Tensor",
+    _onednn_product,
+    _shape_of_product,
+)
 
 
 def _round_to_int8(values_BK: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .opaque_products import opaque
+
 WIDENED_ATTENTION = "widened"
 WIDENED_DTYPES = (torch.bfloat16, torch.float16)
 _CHUNK = 2**20  # weights widened at a time: they stay in the cache until they are multiplied
@@ -37,8 +39,7 @@ def refuse_gradient(values: Tensor) -> None:
         raise RuntimeError("this model was packed for answering and cannot be trained; load it with kernels='torch'")
 
 
-def widened_product(values_BK: Tensor, weight_NK: Tensor) -> Tensor:
-    """The product (B, N) in float32 of float32 values and a weight in any number format."""
+def _widened_product(values_BK: Tensor, weight_NK: Tensor) -> Tensor:
     result_BN = torch.empty(len(values_BK), len(weight_NK))
     rows = max(1, _CHUNK // weight_NK.shape[1])
     buffer_NK = torch.empty(min(rows, len(weight_NK)), weight_NK.shape[1])
@@ -47,6 +48,18 @@ def widened_product(values_BK: Tensor, weight_NK: Tensor) -> Tensor:
         wide_NK = buffer_NK[: len(some_NK)].copy_(some_NK)
         torch.mm(values_BK, wide_NK.t(), out=result_BN[:, start : start + rows])
     return result_BN
+
+
+_product = opaque(
+    "widened_product(Tensor values_BK, Tensor weight_NK) -> Tensor",
+    _widened_product,
+    lambda values_BK, weight_NK: values_BK.new_empty(values_BK.shape[0], weight_NK.shape[0]),
+)
+
+
+def widened_product(values_BK: Tensor, weight_NK: Tensor) -> Tensor:
+    """The product (B, N) in float32 of float32 values and a weight in any number format."""
+    return _product(values_BK, weight_NK)
 
 
 class WidenedLinear(nn.Module):

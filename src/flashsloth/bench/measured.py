@@ -101,7 +101,7 @@ def _kernels(settings: Settings, kernels: str) -> Any:
     own = entry_of(settings).origin == "own"
     if kernels == "packed" and not own:
         raise ValueError(f"packed kernels are for our own models; {settings.model} ({settings.assembly}) is none")
-    return chosen_kernels(kernels, settings.device, settings.compile) if own else "torch"
+    return chosen_kernels(kernels, settings.device) if own else "torch"
 
 
 def measure_in_process(
