@@ -146,6 +146,22 @@ def test_compiled_stages_are_compiled_once(monkeypatch):
     assert layer.keys.abs().sum() > 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_clock_cuts_a_compiled_encoder(monkeypatch, compiled):
+    """As in Qwen2-VL, whose encoder holds what merges its tokens."""
+
+    def with_merger(model):
+        parts = anatomy.flashsloth(model)
+        return dataclasses.replace(parts, connector=[parts.vision.encoder.layers[-1]])
+
+    monkeypatch.setattr(stages, "compile_part", lambda part, device, dynamic: None)
+    entry = dataclasses.replace(TINY, dissect=with_merger)
+    timed = Stages(entry, build_filled(entry, torch.float32, "cpu"), dataclasses.replace(SETTINGS, compile=compiled))
+    inside = [module for module in timed.parts.vision.modules() if module._forward_pre_hooks]
+    assert inside == ([] if compiled else timed.parts.connector)
+    assert ("compress" in timed.run()) == (not compiled)
+
+
 def test_weights_are_filled_and_alike_in_scale():
     model = build_filled(TINY, torch.bfloat16, "cpu")
     for name, parameter in model.named_parameters():

@@ -160,6 +160,11 @@ def random_batch(config: FlashSlothConfig, settings: TrainingSettings) -> dict[s
     return batch
 
 
+def _device() -> torch.device:
+    device = None if uses_cpu() else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if device is None else device
+
+
 class TrainingLoop:
     """Forward, backward, clip, fused AdamW, on batches that lie ready.
 
@@ -173,8 +178,7 @@ class TrainingLoop:
     def __init__(
         self, model: nn.Module, batches: Sequence[dict[str, Tensor]], learning_rate: float, dtype: str
     ) -> None:
-        device = None if uses_cpu() else torch.accelerator.current_accelerator()
-        self.device = torch.device("cpu") if device is None else device
+        self.device = _device()
         self.model = model.to(self.device).train()
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=learning_rate, fused=True)
@@ -206,7 +210,8 @@ def measure_variant(settings: TrainingSettings) -> dict[str, Any]:
     config = training_config(settings.model, settings.variant)
     _refuse_too_large(config, settings)
     torch.manual_seed(0)
-    model = FlashSlothForConditionalGeneration(config)
+    with _device():  # drawing billions of weights takes a CPU longer than all steps a GPU
+        model = FlashSlothForConditionalGeneration(config)
     model.model.vision_tower.requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     parameters = sum(parameter.numel() for parameter in model.parameters())
