@@ -53,10 +53,16 @@ def test_the_activation_of_a_perceptron_is_fused_and_matters():
     assert (logits_of(model) - expected).abs().max() > 1e-3
 
 
+# attention by products rounds its scores as transformers' eager attention does
+@pytest.mark.parametrize(("fewest", "attention"), [(2**60, "sdpa"), (0, "eager")])
 @pytest.mark.skipif(not cpu_kernels.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
-def test_a_packed_bfloat16_model_is_as_close_to_float32_as_before():
+def test_a_packed_bfloat16_model_is_as_close_to_float32_as_before(fewest, attention, monkeypatch):
+    for name in ("_FEWEST_OF_ONE", "_FEWEST_OF_SEVERAL"):
+        monkeypatch.setattr(cpu_kernels, name, {torch.bfloat16: fewest})
     exact = logits_of(tiny_model())
-    before = (logits_of(tiny_model().bfloat16()) - exact).abs().mean()
+    model = tiny_model().bfloat16()
+    model.set_attn_implementation(attention)
+    before = (logits_of(model) - exact).abs().mean()
     model = tiny_model().bfloat16()
     prepare_for_cpu_(model)
     assert model.model.vision_tower.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
@@ -98,7 +104,7 @@ def test_a_packed_layer_refuses_to_be_trained():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_by_products_is_attention(dtype, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu_kernels, "_PROMPT_DTYPES", (dtype,))
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_SEVERAL", {dtype: 0})
     query, key, value = (torch.randn(2, 3, 7, 8).to(dtype) for _ in range(3))
     module = nn.Module()
     module.is_causal = False
@@ -114,12 +120,37 @@ def test_attention_by_products_is_attention(dtype, monkeypatch):
     torch.testing.assert_close(causal.float(), expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
     last, _ = matmul_attention(nn.Module(), query[:, :, 6:], key, value, None, scaling=0.3)
     torch.testing.assert_close(last.float(), expected.transpose(1, 2)[:, 6:], rtol=tolerance, atol=tolerance)
-    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
-    mask[:, :, :, 5:] = False
-    masked, _ = matmul_attention(module, query, key, value, mask, scaling=0.3)
-    shorter, _ = matmul_attention(module, query, key, value[:, :, :7], mask, scaling=0.3)
-    assert torch.equal(masked, shorter)
-    assert (masked - found).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("key_heads", [6, 2, 1])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize("queries", [5, 9])
+def test_several_queries_see_what_the_mask_says(key_heads, masked, queries, monkeypatch):
+    """As a prompt, whole or after a cache: heads that share keys, rows padded on the left."""
+    torch.manual_seed(0)
+    query = torch.randn(2, queries, 6, 8).transpose(1, 2)
+    key, value = torch.randn(2, 2, key_heads, 9, 8)
+    seen = torch.ones(2, 1, queries, 9, dtype=torch.bool).tril_(9 - queries)
+    if masked:
+        seen[1, :, :, :3] = False
+    mask = {None: None, "bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))}[masked]
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_SEVERAL", {torch.float32: 6 * queries * 9 * 8})
+    monkeypatch.setattr(cpu_kernels, "_SCORES", 100)  # several chunks
+    own_kernel = functional.scaled_dot_product_attention(query, key, value, seen, scale=0.3, enable_gqa=True)
+    if masked is None and queries < 9:  # nothing says which keys a query may see
+        monkeypatch.setattr(cpu_kernels, "sdpa_attention_forward", lambda *args, **kwargs: ("fused", None))
+        assert matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)[0] == "fused"
+        return
+    monkeypatch.setattr(cpu_kernels, "sdpa_attention_forward", None)
+    found, _ = matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
+    of_padding = slice(3 - (9 - queries) if masked and queries == 9 else 0, None)
+    torch.testing.assert_close(found[:, of_padding], own_kernel.transpose(1, 2)[:, of_padding], rtol=1e-5, atol=1e-5)
+    assert masked == "float" or found.isfinite().all()
+    with pytest.raises(TypeError):  # a mask for each head
+        matmul_attention(nn.Module(), query, key, value, seen.expand(-1, 6, -1, -1), scaling=0.3)
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_SEVERAL", {torch.float32: 6 * queries * 9 * 8 + 1})
+    with pytest.raises(TypeError):
+        matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
 
 
 @pytest.mark.parametrize("key_heads", [6, 2, 1])
@@ -134,12 +165,12 @@ def test_a_single_query_sees_every_key(key_heads, masked, monkeypatch):
     seen[1, :, :, :4] = False
     mask = {None: None, "bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))}[masked]
     products = 6 * 9 * 8  # of one row, however many there are
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_PRODUCTS", {torch.float32: products})
+    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_ONE", {torch.float32: products})
     found, _ = matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
     expected = functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
     for fewest in ({torch.float32: products + 1}, {}):
-        monkeypatch.setattr(cpu_kernels, "_FEWEST_PRODUCTS", fewest)
+        monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_ONE", fewest)
         with pytest.raises(TypeError):
             matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
 

@@ -43,10 +43,10 @@ MATMUL_ATTENTION = "matmul"
 X86 = ("x86_64", "AMD64")
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
 _SCORES = 2**21  # numbers between two products; more of them leave the cache
-# Where two products beat the fused kernel: for prompts in these dtypes, and for a step of an answer from so many
-# multiplications of a row's query with its keys.
-_PROMPT_DTYPES = (torch.bfloat16,)
-_FEWEST_PRODUCTS = {torch.bfloat16: 2**15, torch.float32: 2**17}
+# multiplications of a row's queries with its keys from which two products beat the fused kernel, where there is one
+# query, as in a step of an answer, and where there are several
+_FEWEST_OF_ONE = {torch.bfloat16: 2**15, torch.float32: 2**17}
+_FEWEST_OF_SEVERAL = {torch.bfloat16: 2**20}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29))  # the first is the most glibc takes
 # torch's allocator reads it when it first allocates, and then asks Linux for huge pages: a step of an answer reads
@@ -122,7 +122,7 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
         if replaced and part.config._attn_implementation == "sdpa":
             if widened:
                 part.set_attn_implementation(WIDENED_ATTENTION)
-            elif model.dtype in _FEWEST_PRODUCTS:
+            elif model.dtype in _FEWEST_OF_ONE:
                 part.set_attn_implementation(MATMUL_ATTENTION)
     return replaced
 
@@ -235,7 +235,8 @@ def _shape_of_product(
 
 
 _product = opaque(
-    "packed_product(Tensor inputs, Tensor packed, Tensor? bias, SymInt out_features, str activation, str form) -> Tensor",
+    "packed_product(Tensor inputs, Tensor packed, Tensor? bias, SymInt out_features, str activation, str form)"
+    " -> Tensor",
     _packed_product,
     _shape_of_product,
 )
@@ -253,46 +254,52 @@ def matmul_attention(
 ) -> tuple[Tensor, None]:
     """Attention by two matrix products and a softmax, in the dtype of its inputs; causal as transformers' sdpa is.
 
-    PyTorch's fused kernel takes over where there is dropout or a gradient, for a single query over few keys, and for
-    several queries in float32, or where there is a mask, a cache in use or shared key heads.
+    PyTorch's fused kernel takes over where it is quicker (small products, prompts in float32), where there is dropout
+    or a gradient, and for masks that differ between heads.
 
     Returns:
         (B, T, H, W), and None for the weights.
     """
     rows, heads, positions, width = query_BHTW.shape
-    dtype, keys = query_BHTW.dtype, key_BHTW.shape[2]
-    if positions == 1:  # a step of an answer: query heads that share a key head are rows of one product
-        fits = dtype in _FEWEST_PRODUCTS and heads * keys * width >= _FEWEST_PRODUCTS[dtype]
-        fits = fits and (attention_mask is None or attention_mask.shape[1] == 1)
-    else:
-        fits = dtype in _PROMPT_DTYPES and attention_mask is None and query_BHTW.shape == key_BHTW.shape
-    if dropout or query_BHTW.requires_grad or not fits:
+    dtype, key_heads, keys = query_BHTW.dtype, *key_BHTW.shape[1:3]
+    fewest = (_FEWEST_OF_ONE if positions == 1 else _FEWEST_OF_SEVERAL).get(dtype)
+    quicker = fewest is not None and heads * positions * keys * width >= fewest
+    known = positions in (1, keys) if attention_mask is None else attention_mask.shape[1] == 1
+    if dropout or query_BHTW.requires_grad or not (quicker and known):
         return sdpa_attention_forward(
             module, query_BHTW, key_BHTW, value_BHTW, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    # query heads that share a key head are rows of one product
     key, value = key_BHTW.flatten(0, 1), value_BHTW.flatten(0, 1)
     query = query_BHTW.reshape(len(key), -1, width) * (width**-0.5 if scaling is None else scaling)
-    if positions == 1 and attention_mask is None:
-        weights = functional.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
-        return torch.bmm(weights, value).view(rows, 1, heads, width), None
-    bias = query.new_zeros(1, 1, 1)
-    causal = kwargs.get("is_causal")
-    if attention_mask is not None:
-        bias = attention_mask
-        if bias.dtype == torch.bool:
-            bias = query.new_zeros(bias.shape).masked_fill_(~bias, float("-inf"))
-        bias = bias.expand(-1, key_BHTW.shape[1], -1, -1).flatten(0, 1)
-    elif getattr(module, "is_causal", True) if causal is None else causal:
-        bias = query.new_full((1, positions, positions), float("-inf")).triu_(1)
-    bias = bias.expand(len(key), -1, -1)
+    bias = _bias(module, query_BHTW, attention_mask, kwargs.get("is_causal"))
+    if bias is None and positions == 1:
+        mixed = torch.bmm(functional.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1), value)
+        return mixed.view(rows, 1, heads, width), None
+    bias = query.new_zeros(1, 1, 1) if bias is None else bias.repeat(1, heads // key_heads, 1)
+    bias = bias.repeat_interleave(key_heads, 0) if len(bias) > 1 else bias.expand(len(key), -1, -1)
     mixed = torch.empty_like(query)
-    step = max(1, _SCORES // (query.shape[1] * key.shape[1]))
+    step = max(1, _SCORES // (query.shape[1] * keys))
     for start in range(0, len(key), step):
         some = slice(start, start + step)
         scores = torch.baddbmm(bias[some], query[some], key[some].transpose(1, 2))
         torch.bmm(functional.softmax(scores, dim=-1), value[some], out=mixed[some])
     mixed_BHTW = mixed.view(rows, heads, positions, width)
     return mixed_BHTW.transpose(1, 2).contiguous(), None
+
+
+def _bias(module: nn.Module, query_BHTW: Tensor, attention_mask: Tensor | None, causal: bool | None) -> Tensor | None:
+    """What is added to the scores, (1 or B, T, keys)."""
+    positions, least = query_BHTW.shape[2], torch.finfo(query_BHTW.dtype).min
+    if attention_mask is None:
+        if positions == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+            return None
+        return query_BHTW.new_full((1, positions, positions), least).triu_(1)
+    bias = attention_mask[:, 0]
+    if bias.dtype == torch.bool:
+        # not infinite: the rows of padding see nothing at all, and must not become NaN
+        bias = query_BHTW.new_zeros(bias.shape).masked_fill_(~bias, least)
+    return bias
 
 
 AttentionInterface.register(MATMUL_ATTENTION, matmul_attention)

@@ -200,8 +200,8 @@ class Stages:
         self.own = entry.origin == "own"
         clocked = [*parts.connector, *parts.embedded_query]
         if case.compile:
-            # a clock inside a compiled part would cut its graph: what lies in the encoder counts as encoding there, and
-            # the embedded query as prefill
+            # a clock inside a compiled part would cut its graph: there what lies in the encoder counts as encoding,
+            # and the embedded query as prefill
             compiled = {*parts.vision.modules(), *parts.embedded_query}
             clocked = [module for module in clocked if module not in compiled]
         self.clock = Clock(case.device, clocked)

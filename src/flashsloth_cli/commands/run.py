@@ -36,7 +36,7 @@ def run(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that decode images ahead of the model; default 0 on a CPU of two threads or fewer, else 1.",
+            help="Processes that decode images ahead of the model; default 0 on a CPU of two threads, else 1.",
             min=0,
             show_default=False,
         ),
