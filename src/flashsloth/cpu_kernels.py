@@ -261,8 +261,8 @@ def matmul_attention(
         (B, T, H, W), and None for the weights.
     """
     rows, heads, positions, width = query_BHTW.shape
-    dtype, key_heads, keys = query_BHTW.dtype, *key_BHTW.shape[1:3]
-    fewest = (_FEWEST_OF_ONE if positions == 1 else _FEWEST_OF_SEVERAL).get(dtype)
+    key_heads, keys = key_BHTW.shape[1:3]
+    fewest = (_FEWEST_OF_ONE if positions == 1 else _FEWEST_OF_SEVERAL).get(query_BHTW.dtype)
     quicker = fewest is not None and heads * positions * keys * width >= fewest
     known = positions in (1, keys) if attention_mask is None else attention_mask.shape[1] == 1
     if dropout or query_BHTW.requires_grad or not (quicker and known):
