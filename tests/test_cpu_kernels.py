@@ -175,6 +175,14 @@ def test_a_single_query_sees_every_key(key_heads, masked, monkeypatch):
             matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
 
 
+@pytest.mark.skipif(not cpu_kernels.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
+def test_a_model_without_a_layer_to_pack_still_gets_the_quicker_attention():
+    model = quantize_(tiny_model("qwen2").bfloat16(), "int8-dynamic-cpu")
+    assert prepare_for_cpu_(model) == 0
+    for part in (model.model.vision_tower, model.model.language_model):
+        assert part.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
+
+
 def test_int8_layers_of_torchao_keep_their_numbers():
     pytest.importorskip("torchao")
     model = quantize_(tiny_model(), "int8-dynamic")

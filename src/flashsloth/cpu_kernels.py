@@ -119,10 +119,10 @@ def prepare_for_cpu_(model: FlashSlothForConditionalGeneration) -> int:
             if len(layers) == len(names):
                 SharedRounding(layers)
     for part in (model.model.vision_tower, model.model.language_model):
-        if replaced and part.config._attn_implementation == "sdpa":
+        if part.config._attn_implementation == "sdpa":
             if widened:
                 part.set_attn_implementation(WIDENED_ATTENTION)
-            elif model.dtype in _FEWEST_OF_ONE:
+            elif model.dtype in _FEWEST_OF_ONE and supported(model.dtype):
                 part.set_attn_implementation(MATMUL_ATTENTION)
     return replaced
 
