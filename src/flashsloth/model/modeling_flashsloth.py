@@ -420,7 +420,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
                 return FlashSlothOutput(loss=self.head_loss(self, hidden_BTD[0], shift_labels[0], num_items_in_batch))
         elif isinstance(logits_to_keep, Tensor) or logits_to_keep:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden_BTD = hidden_BTD[:, keep, :]
+            # contiguous, or torch copies the head's weight for each row
+            hidden_BTD = hidden_BTD[:, keep, :].contiguous()
         logits_BTV = scale_logits(self.config.text_config, self.lm_head(hidden_BTD))
         loss = None
         if labels is not None:
