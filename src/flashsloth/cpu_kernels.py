@@ -42,6 +42,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MATMUL_ATTENTION = "matmul"
 X86 = ("x86_64", "AMD64")
 _GELUS: dict[type[nn.Module], str] = {GELUTanh: "tanh", GELUActivation: "none", nn.GELU: "none"}
+_LANES = 32  # numbers that softmax takes at a time; what is left of a row it takes one by one
 _SCORES = 2**21  # numbers between two products; more of them leave the cache
 # multiplications of a row's queries with its keys from which two products beat the fused kernel, where there is one
 # query, as in a step of an answer, and where there are several
@@ -276,10 +277,14 @@ def matmul_attention(
     if bias is None and positions == 1:
         mixed = torch.bmm(functional.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1), value)
         return mixed.view(rows, 1, heads, width), None
-    bias = query.new_zeros(1, 1, 1) if bias is None else bias.repeat(1, heads // key_heads, 1)
+    bias = query.new_zeros(1, 1, keys) if bias is None else bias.repeat(1, heads // key_heads, 1)
+    if keys % _LANES > 2 * (keys // _LANES):  # so short that the rest of a row takes most of softmax's time
+        extra = _LANES - keys % _LANES
+        key, value = (functional.pad(states, (0, 0, 0, extra)) for states in (key, value))
+        bias = functional.pad(bias, (0, extra), value=torch.finfo(bias.dtype).min)
     bias = bias.repeat_interleave(key_heads, 0) if len(bias) > 1 else bias.expand(len(key), -1, -1)
     mixed = torch.empty_like(query)
-    step = max(1, _SCORES // (query.shape[1] * keys))
+    step = max(1, _SCORES // (query.shape[1] * key.shape[1]))
     for start in range(0, len(key), step):
         some = slice(start, start + step)
         scores = torch.baddbmm(bias[some], query[some], key[some].transpose(1, 2))
