@@ -106,6 +106,16 @@ def test_a_worker_is_started_where_a_thread_is_left(asked, tmp_path, monkeypatch
     assert found.value.args == (expected,)
 
 
+def test_a_run_on_a_cpu_keeps_freed_memory_once_the_model_is_packed(asked, tmp_path, monkeypatch):
+    calls = []
+    load = RunSettings.load
+    monkeypatch.setattr(RunSettings, "load", lambda settings: (load(settings), calls.append("loaded"))[0])
+    monkeypatch.setattr("flashsloth.offline.runner.keep_freed_memory", lambda: calls.append("kept"))
+    settings = RunSettings(device="cpu", batch_size=8, workers=0, max_new_tokens=2)
+    run_records(read_records(str(asked)), tmp_path / "a.jsonl", settings)
+    assert calls == ["loaded", "kept"]
+
+
 def test_batches_side_by_side_change_nothing_but_their_order(asked, tmp_path):
     records, threads = read_records(str(asked)), torch.get_num_threads()
     found, together = [], set()

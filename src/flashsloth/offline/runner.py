@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..cpu_kernels import keep_freed_memory
 from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load
 from .batches import BatchPreparation, PreparedBatch, answer, plan_batches, prepare
 from .output import AnswerFile
@@ -90,7 +91,7 @@ def run_records(
     settings: RunSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> RunSummary:
-    """Ask every record that `output` does not answer yet.
+    """Ask every record that `output` does not answer yet. On a CPU the process then keeps the memory that it frees.
 
     Args:
         output: JSONL file with `id`, `question` and `answer`, or `id` and `error`, a line a record, in the order they
@@ -140,6 +141,8 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     longest_prompt, new_tokens = _limits(session, settings)
     batches = plan_batches(records, settings.batch_size)
     on_cpu, threads = session.device.type == "cpu", torch.get_num_threads()
+    if on_cpu:
+        keep_freed_memory()  # now that weights in another layout are gone
     streams, workers = settings.streams, settings.workers
     if streams is None:
         streams = STREAMS_OF_A_CPU if on_cpu and threads > 1 and not settings.compile else 1
