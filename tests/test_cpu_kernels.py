@@ -120,6 +120,12 @@ def test_attention_by_products_is_attention(dtype, monkeypatch):
     torch.testing.assert_close(causal.float(), expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
     last, _ = matmul_attention(nn.Module(), query[:, :, 6:], key, value, None, scaling=0.3)
     torch.testing.assert_close(last.float(), expected.transpose(1, 2)[:, 6:], rtol=tolerance, atol=tolerance)
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    mask[:, :, :, 5:] = False
+    masked, _ = matmul_attention(module, query, key, value, mask, scaling=0.3)
+    shorter, _ = matmul_attention(module, query, key, value[:, :, :7], mask, scaling=0.3)
+    assert torch.equal(masked, shorter)
+    assert (masked - found).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("key_heads", [6, 2, 1])

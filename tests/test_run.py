@@ -100,7 +100,7 @@ def test_a_worker_is_started_where_a_thread_is_left(asked, tmp_path, monkeypatch
         raise Enough(num_workers)
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("flashsloth.offline.runner.DataLoader", loader)
+    monkeypatch.setattr(runner, "DataLoader", loader)
     with pytest.raises(Enough) as found:
         run_records(read_records(str(asked)), tmp_path / "a.jsonl", RunSettings(device="cpu", streams=streams))
     assert found.value.args == (expected,)
@@ -108,9 +108,9 @@ def test_a_worker_is_started_where_a_thread_is_left(asked, tmp_path, monkeypatch
 
 def test_a_run_on_a_cpu_keeps_freed_memory_once_the_model_is_packed(asked, tmp_path, monkeypatch):
     calls = []
-    load = RunSettings.load
-    monkeypatch.setattr(RunSettings, "load", lambda settings: (load(settings), calls.append("loaded"))[0])
-    monkeypatch.setattr("flashsloth.offline.runner.keep_freed_memory", lambda: calls.append("kept"))
+    load = runner.load
+    monkeypatch.setattr(runner, "load", lambda *args, **options: (load(*args, **options), calls.append("loaded"))[0])
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: calls.append("kept"))
     settings = RunSettings(device="cpu", batch_size=8, workers=0, max_new_tokens=2)
     run_records(read_records(str(asked)), tmp_path / "a.jsonl", settings)
     assert calls == ["loaded", "kept"]

@@ -64,8 +64,8 @@ class RunSettings:
             )
 
     def load(self) -> FlashSloth:
-        """The model, as these settings say."""
-        return load(
+        """The model, as these settings say. On a CPU the process then keeps the memory that it frees."""
+        session = load(
             self.model,
             self.device,
             self.dtype,
@@ -73,6 +73,9 @@ class RunSettings:
             compile=self.compile,
             share_equal_views=self.share_equal_views,
         )
+        if session.device.type == "cpu":
+            keep_freed_memory()  # now that weights in another layout are gone
+        return session
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def run_records(
     settings: RunSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> RunSummary:
-    """Ask every record that `output` does not answer yet. On a CPU the process then keeps the memory that it frees.
+    """Ask every record that `output` does not answer yet.
 
     Args:
         output: JSONL file with `id`, `question` and `answer`, or `id` and `error`, a line a record, in the order they
@@ -141,8 +144,6 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     longest_prompt, new_tokens = _limits(session, settings)
     batches = plan_batches(records, settings.batch_size)
     on_cpu, threads = session.device.type == "cpu", torch.get_num_threads()
-    if on_cpu:
-        keep_freed_memory()  # now that weights in another layout are gone
     streams, workers = settings.streams, settings.workers
     if streams is None:
         streams = STREAMS_OF_A_CPU if on_cpu and threads > 1 and not settings.compile else 1
