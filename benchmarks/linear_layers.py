@@ -20,8 +20,8 @@ from common import machine
 from flashsloth.bench.machine import ReadingRate, measure_roofline
 from flashsloth.bench.models import model_named
 from flashsloth.bench.stages import build_filled
-from flashsloth.cpu_kernels import PackedLinear, keep_freed_memory, prepare_for_cpu_, supported
-from flashsloth.loading import DTYPES
+from flashsloth.checkpoints.loading import DTYPES
+from flashsloth.kernels.packed_layers import PackedLinear, keep_freed_memory, prepare_for_cpu_, supported
 
 
 def parse() -> argparse.Namespace:

@@ -22,10 +22,10 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, inference
-from flashsloth.cpu_kernels import chosen_kernels, prepare_for_cpu_
+from flashsloth.kernels.packed_layers import chosen_kernels, prepare_for_cpu_
+from flashsloth.kernels.quantization import quantize_
 from flashsloth.model.processing_flashsloth import FlashSlothProcessor
 from flashsloth.offline import Record, RunSettings, read_records, run_records
-from flashsloth.quantization import quantize_
 from flashsloth.synthetic import SyntheticDataset
 
 QUESTIONS = (

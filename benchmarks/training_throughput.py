@@ -34,8 +34,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flashsloth.bench.training import TrainingLoop
+from flashsloth.checkpoints.loading import synchronize
 from flashsloth.data.dataset import build_collator, build_dataset
-from flashsloth.loading import synchronize
 from flashsloth.study.measure import peak_resident_bytes, resident_bytes
 from flashsloth.train.build import build
 from flashsloth.train.freeze import set_trainable_parts

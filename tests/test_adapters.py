@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flashsloth import FlashSlothForConditionalGeneration, inference
-from flashsloth.train.adapters import add_adapter, base_folder, load_merged, merge
+from flashsloth.checkpoints.adapters import base_folder, load_merged, merge
+from flashsloth.train.adapters import add_adapter
 from flashsloth.train.build import build, set_dtypes
 from flashsloth.train.freeze import count_parts, format_counts, part_of
 from flashsloth.train.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe

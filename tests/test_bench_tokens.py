@@ -22,7 +22,7 @@ from flashsloth.bench.rebuilt import FastViTHD
 from flashsloth.bench.report import markdown
 from flashsloth.bench.token_rules import VisualInput
 from flashsloth.bench.tokens import DEFAULT_SIZES, ModelCost, available_models, measure, measure_all
-from flashsloth.files import write_whole
+from flashsloth.checkpoints.files import write_whole
 from flashsloth.model.backbones import CACHE_ARGUMENT, decoder_layers
 from flashsloth_cli.commands.bench import DEFAULT_SIZES as DEFAULT_SIZES_TEXT
 from flashsloth_cli.commands.bench import parse_sizes

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import flashsloth
 import flashsloth_cli.main as cli
-from flashsloth import cpu_kernels
+from flashsloth.kernels import packed_layers
 from flashsloth_cli.main import COMMANDS, main
 from tiny_session import noise_image, tiny_folder
 
@@ -345,7 +345,7 @@ def test_convert_copies_what_is_converted_already(
 def test_the_console_script_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: torch reads the variable once, when it makes its first tensor."""
     variable = cli.HUGE_PAGES_VARIABLE
-    assert variable == cpu_kernels.HUGE_PAGES_VARIABLE
+    assert variable == packed_layers.HUGE_PAGES_VARIABLE
     monkeypatch.delenv(variable, raising=False)
     code = (
         "import flashsloth_cli.main as cli\n"

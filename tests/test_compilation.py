@@ -12,13 +12,13 @@ import torch
 from torch._inductor import cudagraph_trees
 from transformers import CompileConfig, PreTrainedConfig, StaticCache
 
-from flashsloth import compilation, inference
-from flashsloth.compilation import CACHE_STEP, RecordingThread, check_compiler
-from flashsloth.cpu_kernels import PackedLinear, supported
-from flashsloth.inference import FlashSloth, load
-from flashsloth.int8_linear import Int8Linear, onednn_available
+from flashsloth.inference import FlashSloth, load, runtime, session
+from flashsloth.kernels import compilation
+from flashsloth.kernels.compilation import CACHE_STEP, RecordingThread, check_compiler
+from flashsloth.kernels.int8_linear import Int8Linear, onednn_available
+from flashsloth.kernels.packed_layers import PackedLinear, supported
+from flashsloth.kernels.widened_layers import WidenedLinear
 from flashsloth.offline import Record, RunSettings, run_records
-from flashsloth.widened_layers import WidenedLinear
 from flashsloth_cli.main import main
 from tiny_session import noise_image, tiny_folder
 
@@ -39,8 +39,8 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         config._compile_all_devices = True
         return config
 
-    monkeypatch.setattr(inference, "compile_part", compile_part)
-    monkeypatch.setattr(inference, "decoding_config", decoding_config)
+    monkeypatch.setattr(runtime, "compile_part", compile_part)
+    monkeypatch.setattr(runtime, "decoding_config", decoding_config)
 
 
 def everything_asked(session: FlashSloth) -> list[tuple[str, int, int]]:
@@ -122,7 +122,7 @@ def test_a_missing_compiler_is_one_sentence_before_anything_is_loaded(
 ) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(inference, "load_model", None)
+    monkeypatch.setattr(session, "load_model", None)
     with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         with pytest.raises(ValueError, match="needs a C\\+\\+ compiler: install g\\+\\+"):
             load("nano", device="cpu", compile=True)

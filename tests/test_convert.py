@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import flashsloth
-from flashsloth.model import checkpoint_folder, convert_official
-from flashsloth.model.convert_official import convert_checkpoint
-from flashsloth.model.official_format import (
+from flashsloth.checkpoints import convert_official
+from flashsloth.checkpoints import folder as checkpoint_files
+from flashsloth.checkpoints.convert_official import convert_checkpoint
+from flashsloth.checkpoints.official_format import (
     EMBEDDING,
     PREFIXES,
     QUERY_TOKENS,
@@ -394,7 +395,7 @@ def test_too_small_disk_is_noticed_before_writing(
     theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoint_folder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(convert_official, "save_file", full_after(0))
     with pytest.raises(OSError, match="the disk is full.*1000 are free"):
         convert(theirs, tmp_path / "ours")

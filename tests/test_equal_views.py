@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashsloth.equal_views import encode_distinct_views, find_distinct_views
+from flashsloth.inference.equal_views import encode_distinct_views, find_distinct_views
 from tiny_models import tiny_model
 
 

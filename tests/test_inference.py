@@ -315,7 +315,7 @@ def test_an_authors_checkpoint_is_converted_once(
         calls.append(source)
         shutil.copytree(folder, destination)
 
-    monkeypatch.setattr("flashsloth.model.convert_official.convert_checkpoint", convert)
+    monkeypatch.setattr("flashsloth.checkpoints.convert_official.convert_checkpoint", convert)
     first = hub.resolve(official)
     assert first == hub.resolve(official)
     assert first.is_relative_to(cache_folder)
@@ -332,7 +332,7 @@ def test_a_failed_conversion_leaves_nothing(
         (destination / "config.json").write_text("{}")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("flashsloth.model.convert_official.convert_checkpoint", convert)
+    monkeypatch.setattr("flashsloth.checkpoints.convert_official.convert_checkpoint", convert)
     with pytest.raises(OSError, match="No space"):
         hub.resolve(official)
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == []

@@ -10,15 +10,11 @@ from PIL import Image
 from torch import nn
 from transformers.activations import GELUTanh
 
-from flashsloth import FlashSlothForConditionalGeneration, quantization
+from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.inference import load, load_model
-from flashsloth.int8_linear import Int8Linear
-from flashsloth.quantization import (
-    SCHEMES,
-    is_quantized,
-    quantize_,
-    quantize_folder,
-)
+from flashsloth.kernels import quantization
+from flashsloth.kernels.int8_linear import Int8Linear
+from flashsloth.kernels.quantization import SCHEMES, is_quantized, quantize_, quantize_folder
 from flashsloth_cli.main import main
 from tiny_models import ENCODERS, build_rows, tiny_model
 
@@ -183,7 +179,7 @@ def test_a_scheme_is_applied_while_loading(scheme):
 
 def test_a_scheme_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     out = quantize_folder("nano", tmp_path / "nano-int8", "int8-weight-only")
-    monkeypatch.setattr("flashsloth.inference.load_model", None)
+    monkeypatch.setattr("flashsloth.inference.session.load_model", None)
     with pytest.raises(ValueError, match="nano-int8 is quantized already, so int4-packed cannot be applied"):
         load(out, quantization="int4-packed")
     with pytest.raises(ValueError, match="unknown quantization scheme 'int3'; use int8-dynamic"):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flashsloth import FlashSlothForConditionalGeneration
-from flashsloth.model.checkpoint_folder import size_of
+from flashsloth.checkpoints.folder import size_of
 from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
 from flashsloth.train.trainer import StageTrainer

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from flashsloth import inference
+from flashsloth.inference.batches import answer, plan_batches, prepare
 from flashsloth.offline import Record, RunSettings, read_records, run_records, runner
-from flashsloth.offline.batches import answer, plan_batches, prepare
 from flashsloth.offline.output import AnswerFile
 from flashsloth_cli.main import main
 

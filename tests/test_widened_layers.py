@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flashsloth import FlashSlothForConditionalGeneration, cpu_kernels, int8_linear, widened_layers
-from flashsloth.cpu_kernels import prepare_for_cpu_
-from flashsloth.int8_linear import Int8Linear
-from flashsloth.widened_layers import (
+from flashsloth import FlashSlothForConditionalGeneration
+from flashsloth.kernels import int8_linear, packed_layers, widened_layers
+from flashsloth.kernels.int8_linear import Int8Linear
+from flashsloth.kernels.packed_layers import prepare_for_cpu_
+from flashsloth.kernels.widened_layers import (
     FEW_ROWS,
     WIDENED_ATTENTION,
     WidenedConv2d,
@@ -20,14 +21,14 @@ from flashsloth.widened_layers import (
 from tiny_models import DECODERS, ENCODERS, build_rows, tiny_model
 
 needs_x86 = pytest.mark.skipif(
-    not cpu_kernels.supported(torch.float32), reason="no x86 processor, or a torch without oneDNN"
+    not packed_layers.supported(torch.float32), reason="no x86 processor, or a torch without oneDNN"
 )
 
 
 @pytest.fixture
 def without_short_kernels(monkeypatch):
     """A processor that multiplies float32 alone."""
-    monkeypatch.setattr(cpu_kernels, "supported", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(packed_layers, "supported", lambda dtype: dtype == torch.float32)
 
 
 @torch.inference_mode()

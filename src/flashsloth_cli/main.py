@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 DEBUG_VARIABLE = "FLASHSLOTH_DEBUG"
-HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # see flashsloth.cpu_kernels, which would import torch
+HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # see flashsloth.kernels.packed_layers, which would import torch
 USER_ERROR = 2
 # what they warn of while they are imported, kernels for other machines and deprecations, is nothing a user could mend
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")

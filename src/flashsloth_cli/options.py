@@ -56,8 +56,8 @@ def load_session(
     """The model, loaded without progress bars."""
     from transformers.utils import logging
 
-    from flashsloth.cpu_kernels import keep_freed_memory
     from flashsloth.inference import load
+    from flashsloth.kernels.packed_layers import keep_freed_memory
 
     logging.disable_progress_bar()
     session = load(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import flashsloth  # noqa: F401 - registers the classes
-from flashsloth.model.convert_official import convert_checkpoint
+from flashsloth.checkpoints.convert_official import convert_checkpoint
 
 pytestmark = pytest.mark.parity
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from official_fixture import OfficialFixture, expand
 
+from flashsloth.checkpoints.convert_official import convert_checkpoint
 from flashsloth.data.dataset import build_collator, build_dataset
-from flashsloth.model.convert_official import convert_checkpoint
 from flashsloth.train.build import build
 from flashsloth.train.recipe import Recipe, parse_recipe
 from flashsloth.train.trainer import StageTrainer, training_arguments

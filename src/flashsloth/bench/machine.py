@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from flashsloth.cpu_kernels import PackedLinear, supported
-from flashsloth.loading import DTYPES, synchronize
-from flashsloth.widened_layers import WidenedLinear
+from flashsloth.checkpoints.loading import DTYPES, synchronize
+from flashsloth.kernels.packed_layers import PackedLinear, supported
+from flashsloth.kernels.widened_layers import WidenedLinear
 
 from .results import Machine, Roofline
 

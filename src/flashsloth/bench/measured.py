@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from flashsloth.cpu_kernels import HUGE_PAGES_VARIABLE, chosen_kernels
+from flashsloth.kernels.packed_layers import HUGE_PAGES_VARIABLE, chosen_kernels
 
 from .machine import LARGEST_OTHER_LOAD, commit, machine_card, measure_roofline, other_load, read_load
 from .report import versions

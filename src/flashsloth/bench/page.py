@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashsloth.files import write_whole
+from flashsloth.checkpoints.files import write_whole
 
 from . import page_sections, plots
 from .comparison import Case, Condition, Group, Variant, baseline_of, crossovers, groups_of, is_rival

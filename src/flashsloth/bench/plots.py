@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsloth.files import replace_file
+from flashsloth.checkpoints.files import replace_file
 
 from .comparison import TIMES, Case, Crossover, Variant
 from .scaling import AXES, Series

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import flashsloth
-from flashsloth.files import write_whole
+from flashsloth.checkpoints.files import write_whole
 
 from .tables import notes, tables
 from .tokens import ModelCost

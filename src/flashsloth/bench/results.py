@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from flashsloth.files import write_whole
+from flashsloth.checkpoints.files import write_whole
 
 FORMAT = 1
 STAGES = ("preprocess", "encode", "compress", "prefill", "time_to_first_token", "decode_per_token", "total")

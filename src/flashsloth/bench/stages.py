@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.initialization import no_init_weights
 
-from flashsloth.compilation import compile_part
-from flashsloth.loading import DTYPES, synchronize
+from flashsloth.checkpoints.loading import DTYPES, synchronize
+from flashsloth.kernels.compilation import compile_part
 from flashsloth.model.backbones import CACHE_ARGUMENT
 from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..files import write_whole
-from ..hub import resolve
-from ..loading import synchronize
+from ..checkpoints.files import write_whole
+from ..checkpoints.hub import resolve
+from ..checkpoints.loading import synchronize
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.prompt_encoding import IGNORED_LABEL

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
-from flashsloth.cpu_kernels import PackedLinear, keep_freed_memory, prepare_for_cpu_
-from flashsloth.files import write_whole
-from flashsloth.inference import DTYPES
-from flashsloth.int8_linear import Int8Linear, PromptAndTokenLinear
-from flashsloth.quantization import quantize_
+from flashsloth.checkpoints.files import write_whole
+from flashsloth.checkpoints.loading import DTYPES
+from flashsloth.kernels.int8_linear import Int8Linear, PromptAndTokenLinear
+from flashsloth.kernels.packed_layers import PackedLinear, keep_freed_memory, prepare_for_cpu_
+from flashsloth.kernels.quantization import quantize_
 from flashsloth.study.measure import peak_resident_bytes
 
 from .arithmetic import prefill_flops

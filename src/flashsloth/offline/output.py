@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..checkpoints.files import write_whole
 
 SETTINGS_SUFFIX = ".settings.json"
 

@@ -2,31 +2,17 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..inference.batches import Record
+
 JSON_SUFFIXES = (".jsonl", ".json")
 DATASET_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 IMAGE_FIELDS = ("images", "image")
 DATASETS_HINT = "reading datasets needs the `datasets` library: pip install 'flashsloth[run]'"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One question about some images.
-
-    Attributes:
-        id: unique in the whole input; what a resumed run goes by.
-        images: paths, URLs, data URLs, encoded bytes or PIL images.
-        question: the user's text.
-    """
-
-    id: str
-    images: tuple[Any, ...]
-    question: str
 
 
 def read_records(source: str, question: str | None = None) -> list[Record]:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..cpu_kernels import keep_freed_memory
 from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load
-from .batches import BatchPreparation, PreparedBatch, answer, plan_batches, prepare
+from ..inference.batches import BatchPreparation, PreparedBatch, Record, answer, plan_batches, prepare
+from ..kernels.packed_layers import keep_freed_memory
 from .output import AnswerFile
-from .records import Record
 
 STREAMS_OF_A_CPU = 2
 RAY_HINT = "a cluster needs Ray: pip install 'flashsloth[ray]'"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ..files import write_whole
+from ..checkpoints.files import write_whole
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..train.build import vision_config
 from ..train.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe

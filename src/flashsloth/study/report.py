@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file, write_whole
-from ..train.evaluate_synthetic import ALL
+from ..checkpoints.files import replace_file, write_whole
+from ..evaluate.synthetic import ALL
 from .config import Claim, Study
 from .measure import FLOP_PARTS
 from .plan import Run, write_json

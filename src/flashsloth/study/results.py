@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..train.evaluate_synthetic import ALL
+from ..evaluate.synthetic import ALL
 from .config import Claim, Study
 from .plan import RESULT_FILE, Run
 

@@ -22,11 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.dataset import build_collator, build_dataset
 from ..data.sources import resolve_folder
+from ..evaluate.synthetic import evaluate
 from ..model.modeling_flashsloth import IGNORED_LABEL, FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from ..synthetic import Photographs, SyntheticDataset
 from ..train.build import load
-from ..train.evaluate_synthetic import evaluate
 from ..train.freeze import PART_NAMES, part_of, set_trainable_parts
 from ..train.recipe import Recipe, parse_recipe
 from ..train.run import run as train

@@ -22,8 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
-from ..hub import PACKAGED_MODELS, is_adapter, resolve
-from ..inference import DTYPES, load_model
+from ..checkpoints.hub import PACKAGED_MODELS, is_adapter, resolve
+from ..checkpoints.loading import DTYPES, load_model
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor

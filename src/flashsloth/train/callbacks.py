@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
-from ..files import write_whole
+from ..checkpoints.files import write_whole
 from .optimization import ProgressScheduler, first_rank_value
 from .recipe import LoggingRecipe
 

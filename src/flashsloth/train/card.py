@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.adapters import BASE_FILE, CARD_FILE
+from ..checkpoints.files import replace_file
+from ..checkpoints.folder import read_json, write_json
 from ..data.recipe import DataRecipe, MixtureData, SyntheticData, WebdatasetData
-from ..files import replace_file
-from ..model.checkpoint_folder import read_json, write_json
-from .adapters import BASE_FILE, CARD_FILE
 from .freeze import PartCount
 from .recipe import Recipe, StageRecipe, dump_recipe
 

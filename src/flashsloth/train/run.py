@@ -11,10 +11,10 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..cpu_kernels import keep_freed_memory, lacks_kernels
 from ..data.dataset import build_collator, build_dataset, keep_encoded_samples
 from ..data.packing import check_packing
 from ..data.recipe import is_streamed
+from ..kernels.packed_layers import keep_freed_memory, lacks_kernels
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .adapters import add_adapter, finish_adapter_folder

@@ -74,8 +74,8 @@ def bench_run(
     from flashsloth.bench.measured import open_results, run_all, settings_of
     from flashsloth.bench.measured_tables import failures, machine_line, measured_markdown, measured_tables
     from flashsloth.bench.results import Measurement
-    from flashsloth.files import write_whole
-    from flashsloth.quantization import SCHEMES
+    from flashsloth.checkpoints.files import write_whole
+    from flashsloth.kernels.quantization import SCHEMES
 
     from ..tables import print_table, table_console
     from .bench import parse_sizes

@@ -39,8 +39,8 @@ def convert(
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from flashsloth import hub
-    from flashsloth.model.convert_official import convert_checkpoint
+    from flashsloth.checkpoints import hub
+    from flashsloth.checkpoints.convert_official import convert_checkpoint
 
     console = Console(stderr=True)
     with Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:

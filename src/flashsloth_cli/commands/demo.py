@@ -20,7 +20,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 8,
 ) -> None:
     """Answer three questions about sample images and show where the time goes."""
-    from flashsloth.hub import ASSETS
+    from flashsloth.checkpoints.hub import ASSETS
 
     console = Console(highlight=False)
     session = options.load_session(model, device, dtype)

@@ -42,15 +42,9 @@ def evaluate_synthetic(
     from rich.progress import Progress
     from rich.table import Table
 
-    from flashsloth import hub
+    from flashsloth.checkpoints import hub
+    from flashsloth.evaluate.synthetic import ALL, evaluate, replaced_compressor, write_report, zeroed_embedded_query
     from flashsloth.train.build import load
-    from flashsloth.train.evaluate_synthetic import (
-        ALL,
-        evaluate,
-        replaced_compressor,
-        write_report,
-        zeroed_embedded_query,
-    )
 
     loaded, processor = load(hub.resolve(model))
     with ExitStack() as stack:

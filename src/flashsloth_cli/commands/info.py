@@ -34,14 +34,14 @@ def info(
       flashsloth info nano
       flashsloth info Tongbo/FlashSloth_HD-3.2B --image-size 1280x720
     """
-    from flashsloth import hub
+    from flashsloth.checkpoints import hub
+    from flashsloth.checkpoints.summary import summarize
     from flashsloth.model.configuration_flashsloth import FlashSlothConfig
-    from flashsloth.summary import summarize
 
     size = None if image_size is None else _parse_size(image_size)
     folder = hub.resolve(model)
     if hub.is_adapter(folder):
-        from flashsloth.train.adapters import base_folder
+        from flashsloth.checkpoints.adapters import base_folder
 
         folder = base_folder(folder)
     summary = summarize(FlashSlothConfig.from_pretrained(folder), size)

@@ -35,7 +35,7 @@ def merge(
     """
     from transformers.utils import logging
 
-    from flashsloth.train.adapters import merge as merge_adapter
+    from flashsloth.checkpoints.adapters import merge as merge_adapter
 
     logging.disable_progress_bar()
     merge_adapter(adapter, destination, base=base, overwrite=overwrite)

@@ -40,7 +40,7 @@ def quantize(
     """
     from transformers.utils import logging
 
-    from flashsloth.quantization import quantize_folder
+    from flashsloth.kernels.quantization import quantize_folder
 
     logging.disable_progress_bar()
     quantize_folder(model, destination, scheme, encoder, dtype=dtype, overwrite=overwrite)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .model.backbones import encode_patches
-from .model.modeling_flashsloth import FlashSlothModel
+from ..model.backbones import encode_patches
+from ..model.modeling_flashsloth import FlashSlothModel
 
 
 def find_distinct_views(views: Tensor) -> tuple[list[int], list[int]]:

@@ -5,21 +5,28 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flashsloth import FlashSlothForConditionalGeneration, cpu_kernels
-from flashsloth.cpu_kernels import PackedLinear, chosen_kernels, keep_freed_memory, matmul_attention, prepare_for_cpu_
+from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.inference import load
-from flashsloth.int8_linear import Int8Linear
-from flashsloth.quantization import quantize_
+from flashsloth.kernels import packed_layers
+from flashsloth.kernels.int8_linear import Int8Linear
+from flashsloth.kernels.packed_layers import (
+    PackedLinear,
+    chosen_kernels,
+    keep_freed_memory,
+    matmul_attention,
+    prepare_for_cpu_,
+)
+from flashsloth.kernels.quantization import quantize_
 from tiny_models import DECODERS, ENCODERS, build_rows, tiny_model
 
 pytestmark = pytest.mark.skipif(
-    not cpu_kernels.supported(torch.float32), reason="no x86 processor, or a torch without oneDNN"
+    not packed_layers.supported(torch.float32), reason="no x86 processor, or a torch without oneDNN"
 )
 
 
 @pytest.fixture(autouse=True)
 def small_layers_count(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(packed_layers, "_SMALLEST_WEIGHT", 0)
 
 
 @torch.inference_mode()
@@ -55,18 +62,18 @@ def test_the_activation_of_a_perceptron_is_fused_and_matters():
 
 # attention by products rounds its scores as transformers' eager attention does
 @pytest.mark.parametrize(("fewest", "attention"), [(2**60, "sdpa"), (0, "eager")])
-@pytest.mark.skipif(not cpu_kernels.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
+@pytest.mark.skipif(not packed_layers.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
 def test_a_packed_bfloat16_model_is_as_close_to_float32_as_before(fewest, attention, monkeypatch):
     for name in ("_FEWEST_OF_ONE", "_FEWEST_OF_SEVERAL"):
-        monkeypatch.setattr(cpu_kernels, name, {torch.bfloat16: fewest})
+        monkeypatch.setattr(packed_layers, name, {torch.bfloat16: fewest})
     exact = logits_of(tiny_model())
     model = tiny_model().bfloat16()
     model.set_attn_implementation(attention)
     before = (logits_of(model) - exact).abs().mean()
     model = tiny_model().bfloat16()
     prepare_for_cpu_(model)
-    assert model.model.vision_tower.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
-    assert model.model.language_model.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
+    assert model.model.vision_tower.config._attn_implementation == packed_layers.MATMUL_ATTENTION
+    assert model.model.language_model.config._attn_implementation == packed_layers.MATMUL_ATTENTION
     assert (logits_of(model) - exact).abs().mean() < 1.5 * before
 
 
@@ -81,12 +88,12 @@ def test_a_packed_model_is_saved_as_it_was_loaded(tmp_path):
 
 
 def test_small_layers_of_a_decoder_and_shared_heads_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 2**40)
+    monkeypatch.setattr(packed_layers, "_SMALLEST_WEIGHT", 2**40)
     model = tiny_model()
     in_encoder = sum(type(module) is nn.Linear for module in model.model.vision_tower.modules())
     assert prepare_for_cpu_(model) == in_encoder > 0
     assert not any(isinstance(module, PackedLinear) for module in model.model.language_model.modules())
-    monkeypatch.setattr(cpu_kernels, "_SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(packed_layers, "_SMALLEST_WEIGHT", 0)
     model = tiny_model("qwen2")
     prepare_for_cpu_(model)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -104,7 +111,7 @@ def test_a_packed_layer_refuses_to_be_trained():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_by_products_is_attention(dtype, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_SEVERAL", {dtype: 0})
+    monkeypatch.setattr(packed_layers, "_FEWEST_OF_SEVERAL", {dtype: 0})
     query, key, value = (torch.randn(2, 3, 7, 8).to(dtype) for _ in range(3))
     module = nn.Module()
     module.is_causal = False
@@ -140,21 +147,21 @@ def test_several_queries_see_what_the_mask_says(key_heads, masked, queries, monk
     if masked:
         seen[1, :, :, :3] = False
     mask = {None: None, "bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))}[masked]
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_SEVERAL", {torch.float32: 6 * queries * 9 * 8})
-    monkeypatch.setattr(cpu_kernels, "_SCORES", 100)  # several chunks
+    monkeypatch.setattr(packed_layers, "_FEWEST_OF_SEVERAL", {torch.float32: 6 * queries * 9 * 8})
+    monkeypatch.setattr(packed_layers, "_SCORES", 100)  # several chunks
     own_kernel = functional.scaled_dot_product_attention(query, key, value, seen, scale=0.3, enable_gqa=True)
     if masked is None and queries < 9:  # nothing says which keys a query may see
-        monkeypatch.setattr(cpu_kernels, "sdpa_attention_forward", lambda *args, **kwargs: ("fused", None))
+        monkeypatch.setattr(packed_layers, "sdpa_attention_forward", lambda *args, **kwargs: ("fused", None))
         assert matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)[0] == "fused"
         return
-    monkeypatch.setattr(cpu_kernels, "sdpa_attention_forward", None)
+    monkeypatch.setattr(packed_layers, "sdpa_attention_forward", None)
     found, _ = matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
     of_padding = slice(3 - (9 - queries) if masked and queries == 9 else 0, None)
     torch.testing.assert_close(found[:, of_padding], own_kernel.transpose(1, 2)[:, of_padding], rtol=1e-5, atol=1e-5)
     assert masked == "float" or found.isfinite().all()
     with pytest.raises(TypeError):  # a mask for each head
         matmul_attention(nn.Module(), query, key, value, seen.expand(-1, 6, -1, -1), scaling=0.3)
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_SEVERAL", {torch.float32: 6 * queries * 9 * 8 + 1})
+    monkeypatch.setattr(packed_layers, "_FEWEST_OF_SEVERAL", {torch.float32: 6 * queries * 9 * 8 + 1})
     with pytest.raises(TypeError):
         matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
 
@@ -164,29 +171,29 @@ def test_several_queries_see_what_the_mask_says(key_heads, masked, queries, monk
 def test_a_single_query_sees_every_key(key_heads, masked, monkeypatch):
     """As a step of an answer: one query, keys of a cache, heads that share them, rows padded on the left."""
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu_kernels, "sdpa_attention_forward", None)  # so that only the products can answer
+    monkeypatch.setattr(packed_layers, "sdpa_attention_forward", None)  # so that only the products can answer
     query = torch.randn(2, 1, 6, 8).transpose(1, 2)
     key, value = torch.randn(2, 2, key_heads, 9, 8)
     seen = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     seen[1, :, :, :4] = False
     mask = {None: None, "bool": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))}[masked]
     products = 6 * 9 * 8  # of one row, however many there are
-    monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_ONE", {torch.float32: products})
+    monkeypatch.setattr(packed_layers, "_FEWEST_OF_ONE", {torch.float32: products})
     found, _ = matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
     expected = functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
     for fewest in ({torch.float32: products + 1}, {}):
-        monkeypatch.setattr(cpu_kernels, "_FEWEST_OF_ONE", fewest)
+        monkeypatch.setattr(packed_layers, "_FEWEST_OF_ONE", fewest)
         with pytest.raises(TypeError):
             matmul_attention(nn.Module(), query, key, value, mask, scaling=0.3)
 
 
-@pytest.mark.skipif(not cpu_kernels.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
+@pytest.mark.skipif(not packed_layers.supported(torch.bfloat16), reason="this processor has no bfloat16 kernels")
 def test_a_model_without_a_layer_to_pack_still_gets_the_quicker_attention():
     model = quantize_(tiny_model("qwen2").bfloat16(), "int8-dynamic-cpu")
     assert prepare_for_cpu_(model) == 0
     for part in (model.model.vision_tower, model.model.language_model):
-        assert part.config._attn_implementation == cpu_kernels.MATMUL_ATTENTION
+        assert part.config._attn_implementation == packed_layers.MATMUL_ATTENTION
 
 
 def test_int8_layers_of_torchao_keep_their_numbers():
@@ -244,7 +251,7 @@ def test_both_integer_products_give_the_same(monkeypatch):
     torch.manual_seed(0)
     linear, values = nn.Linear(96, 40).requires_grad_(False), torch.randn(3, 5, 96)
     by_onednn = Int8Linear.from_float(linear)
-    monkeypatch.setattr("flashsloth.int8_linear.onednn_available", lambda: False)
+    monkeypatch.setattr("flashsloth.kernels.int8_linear.onednn_available", lambda: False)
     by_torch = Int8Linear.from_float(linear)
     assert by_onednn.packed is not None and by_torch.packed is None
     torch.testing.assert_close(by_onednn(values), by_torch(values), rtol=1e-5, atol=1e-5)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .model.configuration_flashsloth import FlashSlothConfig
-from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..model.configuration_flashsloth import FlashSlothConfig
+from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 
 BYTES_OF_HALF = 2
 

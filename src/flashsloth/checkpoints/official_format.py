@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PhiConfig, SiglipVisionConfig
 
-from .configuration_flashsloth import FlashSlothConfig
+from ..model.configuration_flashsloth import FlashSlothConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

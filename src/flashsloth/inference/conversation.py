@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compilation import enlarge, keep_first, room_for, static_cache
-from .model.backbones import CACHE_ARGUMENT
-
-if TYPE_CHECKING:
-    from .inference import FlashSloth
+from ..kernels.compilation import enlarge, keep_first, room_for, static_cache
+from ..model.backbones import CACHE_ARGUMENT
+from .runtime import Runtime
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # the first comes with the prompt, the second compiles, CUDA graphs are recorded with those after it
@@ -116,7 +114,7 @@ class _CallbackStreamer(TextStreamer):
 class Conversation:
     """Turns about a list of images; see `FlashSloth.conversation`."""
 
-    def __init__(self, session: FlashSloth, images: Any, system: str | None = None) -> None:
+    def __init__(self, session: Runtime, images: Any, system: str | None = None) -> None:
         self.session = session
         self.images: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         self.system = system

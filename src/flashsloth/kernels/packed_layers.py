@@ -28,9 +28,9 @@ from transformers.activations import GELUActivation, GELUTanh
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..model.backbones import decoder_layers
+from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .int8_linear import Int8Linear, PromptAndTokenLinear, SharedRounding
-from .model.backbones import decoder_layers
-from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .opaque_products import opaque
 from .widened_layers import WIDENED_ATTENTION, WIDENED_DTYPES, refuse_gradient, widen_
 

@@ -12,14 +12,28 @@ from torch.utils.data import Dataset
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..inference import FlashSloth
 from ..model.processing_flashsloth import FlashSlothProcessor
-from .records import Record
+from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 # Batches are cut from a sorted stretch of this many batches: rows of one batch then have prompts of like length.
 SORTED_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question about some images.
+
+    Attributes:
+        id: unique in the whole input; what a resumed run goes by.
+        images: paths, URLs, data URLs, encoded bytes or PIL images.
+        question: the user's text.
+    """
+
+    id: str
+    images: tuple[Any, ...]
+    question: str
 
 
 @dataclass
@@ -126,7 +140,7 @@ def _prompts(records: Sequence[Record], processor: FlashSlothProcessor) -> Batch
 
 
 @torch.inference_mode()
-def answer(session: FlashSloth, batch: PreparedBatch, max_new_tokens: int) -> list[dict[str, Any]]:
+def answer(session: Runtime, batch: PreparedBatch, max_new_tokens: int) -> list[dict[str, Any]]:
     """One line of output a record, errors included; greedy.
 
     A batch that does not fit the accelerator's memory is halved, with a warning, until it does.
@@ -150,7 +164,7 @@ def answer(session: FlashSloth, batch: PreparedBatch, max_new_tokens: int) -> li
     return lines
 
 
-def _answer_rows(session: FlashSloth, batch: PreparedBatch, rows: slice, max_new_tokens: int) -> list[dict[str, Any]]:
+def _answer_rows(session: Runtime, batch: PreparedBatch, rows: slice, max_new_tokens: int) -> list[dict[str, Any]]:
     assert batch.inputs is not None
     model, tokenizer = session.model, session.processor.tokenizer
     records = batch.records[rows]

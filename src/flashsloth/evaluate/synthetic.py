@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ..data.sources import resolve_folder
 from ..inference import FlashSloth
+from ..inference.batches import Record, answer, prepare
 from ..model.compressors import COMPRESSORS
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
-from ..offline.batches import answer, prepare
-from ..offline.records import Record
 from ..synthetic import Photographs, SyntheticDataset, exact_match
 
 ALL = "all"

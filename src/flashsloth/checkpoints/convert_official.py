@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
-from .checkpoint_folder import INDEX, TensorFolder, check_destination, read_json, size_of, write_folder, write_json
-from .configuration_flashsloth import FlashSlothConfig
-from .modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..model.configuration_flashsloth import FlashSlothConfig
+from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from .folder import INDEX, TensorFolder, check_destination, read_json, size_of, write_folder, write_json
 from .official_format import (
     EMBEDDING,
     OFFICIAL_FACTS,
@@ -287,7 +287,7 @@ def _load_tokenizer(folder: Path, config: FlashSlothConfig) -> PreTrainedTokeniz
 
 
 def _build_processor(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from .processing_flashsloth import FlashSlothProcessor
+    from ..model.processing_flashsloth import FlashSlothProcessor
 
     return FlashSlothProcessor.from_config(config, tokenizer)
 

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from transformers.activations import GELUTanh
 
-from . import hub
+from ..checkpoints import hub
+from ..checkpoints.folder import check_destination, size_of, write_folder
+from ..checkpoints.loading import load_model
+from ..model.backbones import decoder_layers
+from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..model.processing_flashsloth import FlashSlothProcessor
 from .int8_linear import Int8Linear, PromptAndTokenLinear
-from .loading import load_model
-from .model.backbones import decoder_layers
-from .model.checkpoint_folder import check_destination, size_of, write_folder
-from .model.modeling_flashsloth import FlashSlothForConditionalGeneration
-from .model.processing_flashsloth import FlashSlothProcessor
 
 INT4_GROUP_SIZE = 32
 _ENCODER = "model.vision_tower"

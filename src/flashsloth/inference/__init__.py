@@ -1,0 +1,23 @@
+"""Load a model by name and ask it about images, with the time of every stage.
+
+model = flashsloth.inference.load("nano")
+answer = model.ask("photo.jpg", "What is in the picture?")
+"""
+
+from ..checkpoints.loading import DTYPES, load_model, select_device
+from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
+from .session import DEFAULT_MODEL, FlashSloth, load
+
+__all__ = [
+    "DEFAULT_MAX_NEW_TOKENS",
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "Answer",
+    "AnswerStream",
+    "Conversation",
+    "FlashSloth",
+    "Timings",
+    "load",
+    "load_model",
+    "select_device",
+]

@@ -1,0 +1,1 @@
+"""Quicker layers for answering: packed, quantized, compiled."""
