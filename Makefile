@@ -37,10 +37,11 @@ test: $(VENV)/.installed-dev  ## the tests (tiny random models, minutes on a CPU
 test-all: $(VENV)/.installed-dev  ## the slow tests too
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not network"
 
-lint: $(VENV)/.installed-dev  ## ruff and mypy
+lint: $(VENV)/.installed-dev  ## ruff, mypy and the order of the storeys
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
