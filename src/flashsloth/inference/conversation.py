@@ -6,6 +6,8 @@ E width of the encoder, D width of the language model.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 import queue
 import threading
@@ -35,6 +37,16 @@ from .runtime import Runtime
 DEFAULT_MAX_NEW_TOKENS = 128
 # the first comes with the prompt, the second compiles, CUDA graphs are recorded with those after it
 WARM_UP_TOKENS = 4
+# what a turn gives to `generate` itself
+OWN_ARGUMENTS = {
+    "inputs",
+    "input_ids",
+    "image_features",
+    "streamer",
+    "past_key_values",
+    "cache",
+    "return_dict_in_generate",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Answer:
 
     Attributes:
         text: the answer, without special tokens.
+        others: the further answers of `num_return_sequences`; a conversation goes on with the first.
         visual_tokens: tokens that stood for the images in the language model.
         uncompressed_tokens: what the same images would take without compression.
         prompt_tokens: length of the whole prompt, visual tokens and earlier turns included.
@@ -73,6 +86,7 @@ class Answer:
     reused_tokens: int
     new_tokens: int
     timings: Timings
+    others: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -99,6 +113,42 @@ class _Clock(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.stopped.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
+class _Queue:
+    """Turns of one conversation, one after the other in the order in which they were asked, from whatever thread."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._waiting: collections.deque[object] = collections.deque()
+        self._running: int | None = None  # thread of the turn at the head
+
+    def join(self) -> object:
+        """A place at the end; it must be entered by the thread that runs the turn."""
+        with self._condition:
+            if self._running == threading.get_ident():
+                raise ValueError(
+                    "a conversation cannot be asked from within one of its own answers; ask when it is done"
+                )
+            place = object()
+            self._waiting.append(place)
+            return place
+
+    @contextlib.contextmanager
+    def turn(self, place: object | None = None) -> Iterator[None]:
+        """Waits for its turn and holds it."""
+        place = self.join() if place is None else place
+        try:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting[0] is place)
+                self._running = threading.get_ident()
+            yield
+        finally:
+            with self._condition:
+                if self._waiting[0] is place:
+                    self._running = None
+                self._waiting.remove(place)
+                self._condition.notify_all()
+
+
 class _CallbackStreamer(TextStreamer):
     """Hands over text as soon as it can no longer change."""
 
@@ -112,13 +162,17 @@ class _CallbackStreamer(TextStreamer):
 
 
 class Conversation:
-    """Turns about a list of images; see `FlashSloth.conversation`."""
+    """Turns about a list of images; see `FlashSloth.conversation`.
+
+    Asked from several threads, it answers one question after the other, in their order.
+    """
 
     def __init__(self, session: Runtime, images: Any, system: str | None = None) -> None:
         self.session = session
         self.images: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         self.system = system
         self.messages: list[dict[str, Any]] = []
+        self._queue = _Queue()
         self._features: BaseModelOutputWithPooling | None = None
         self._cache: Cache | None = None
         self._cached_ids: list[int] = []
@@ -130,13 +184,17 @@ class Conversation:
         # What the images took; part of the next answer's time.
         self._image_timings = Timings()
 
-    @torch.inference_mode()
     def encode(self) -> None:
         """Load and encode the images, once; done by the first question otherwise.
 
         Raises:
             ValueError, OSError: a bad image.
         """
+        with self._queue.turn():
+            self._encode()
+
+    @torch.inference_mode()
+    def _encode(self) -> None:
         if self._features is not None or not self.images:
             return
         session, base = self.session, self.session.model.model
@@ -156,9 +214,9 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget the turns. The images stay encoded, and their tokens stay in the cache for the next question."""
-        self.messages = []
+        with self._queue.turn():
+            self.messages = []
 
-    @torch.inference_mode()
     def ask(
         self,
         question: str,
@@ -168,21 +226,23 @@ class Conversation:
         **generation: Any,
     ) -> Answer:
         """Ask the next question; arguments and errors as in `FlashSloth.ask`."""
-        return self._ask(question, max_new_tokens, on_text, generation, _Clock(self.session.synchronize))
+        with self._queue.turn():
+            return self._ask(question, max_new_tokens, on_text, generation, _Clock(self.session.synchronize))
 
-    @torch.inference_mode()
     def warm_up(self, max_new_tokens: int | None = None) -> None:
         """Ask for a few tokens and forget them; see `FlashSloth.warm_up`."""
-        messages = self.messages
         least = {"min_new_tokens": min(WARM_UP_TOKENS, max_new_tokens or WARM_UP_TOKENS)}
         clock = _Clock(self.session.synchronize, most_tokens=WARM_UP_TOKENS)
-        self._ask("?", max_new_tokens, None, least, clock)
-        self.messages = messages
+        with self._queue.turn():
+            messages = self.messages
+            self._ask("?", max_new_tokens, None, least, clock)
+            self.messages = messages
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
         """Like `ask`, but returns at once an iterator over pieces of the answer's text."""
         return AnswerStream(self, question, **options)
 
+    @torch.inference_mode()
     def _ask(
         self,
         question: str,
@@ -194,7 +254,8 @@ class Conversation:
         if not question.strip():
             raise ValueError("the question is empty")
         session, config = self.session, self.session.config
-        self.encode()
+        generation, criteria = _own_arguments(generation)
+        self._encode()
         started = time.perf_counter()
         messages = [*self.messages, self._user_message(question)]
         inputs = self._prepare(messages)
@@ -203,12 +264,13 @@ class Conversation:
         session.synchronize()
         before = self._image_timings
         timings = replace(before, preprocess=before.preprocess + time.perf_counter() - started)
-        cache, reused = self._take_cache(inputs["input_ids"][0].tolist(), prompt_tokens + limit)
         if session.compile_config is not None:
             generation = {"compile_config": session.compile_config, **generation}
         # without one, `generate` compares the configuration with a new default one, as costly as some tokens of nano
-        generation_config = copy.deepcopy(session.model.generation_config)
+        generation_config = copy.deepcopy(generation.pop("generation_config", session.model.generation_config))
         generation = generation_config.update(max_new_tokens=limit, return_dict_in_generate=True, **generation)
+        rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache, reused = self._take_cache(inputs["input_ids"][0].tolist(), prompt_tokens + limit, rows)
         streamer = None if on_text is None else _CallbackStreamer(session.processor.tokenizer, on_text)
 
         started = time.perf_counter()
@@ -216,7 +278,7 @@ class Conversation:
             **inputs,
             image_features=self._features,
             generation_config=generation_config,
-            stopping_criteria=StoppingCriteriaList([clock]),
+            stopping_criteria=StoppingCriteriaList([*criteria, clock]),
             streamer=streamer,
             **{CACHE_ARGUMENT: cache},
             **generation,
@@ -226,10 +288,12 @@ class Conversation:
         first_token = finished if clock.first_token is None else clock.first_token
         timings = replace(timings, prefill=first_token - started, decode=finished - first_token)
 
-        new_ids = output.sequences[0, prompt_tokens:]
-        text = session.processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        tokenizer = session.processor.tokenizer
+        texts = tokenizer.batch_decode(output.sequences[:, prompt_tokens:], skip_special_tokens=True)
+        text, *others = map(str.strip, texts)
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        self._cache = output[CACHE_ARGUMENT]
+        beams = (generation_config.num_beams or 1) > 1
+        self._cache = _first_row(output.get(CACHE_ARGUMENT), rows, prompt_tokens if beams else None)
         cached = 0 if self._cache is None else int(self._cache.get_seq_length())
         self._cached_ids = output.sequences[0, :cached].tolist()
         self._prompt_length = prompt_tokens
@@ -241,8 +305,9 @@ class Conversation:
             uncompressed_tokens=len(self.images) * config.num_views * config.num_patches_per_view,
             prompt_tokens=prompt_tokens,
             reused_tokens=reused,
-            new_tokens=len(new_ids),
+            new_tokens=_length(output.sequences[0, prompt_tokens:], generation_config.eos_token_id),
             timings=timings,
+            others=tuple(others),
         )
 
     def _user_message(self, question: str) -> dict[str, Any]:
@@ -284,8 +349,8 @@ class Conversation:
             return room
         return limit
 
-    def _take_cache(self, ids: Sequence[int], tokens: int) -> tuple[Cache, int]:
-        """The cache, cut to what it shares with the new prompt and with room for so many tokens; what it shares.
+    def _take_cache(self, ids: Sequence[int], tokens: int, rows: int) -> tuple[Cache, int]:
+        """The cache, cut to what it shares with the new prompt, with room for so many tokens and rows; what it shares.
 
         It is given away: should generation fail half-way, the next turn starts from an empty one.
         """
@@ -304,7 +369,11 @@ class Conversation:
         if not isinstance(cache, StaticCache):
             if cut:
                 cache.crop(shared - len(self._cached_ids))
+            if rows > 1:
+                cache.batch_repeat_interleave(rows)
             return cache, shared
+        if rows > 1:  # its rows are fixed
+            return self._empty_cache(tokens), 0
         if tokens > self._cache_room and any(cache.is_sliding):
             return self._empty_cache(tokens), 0
         if cut:
@@ -327,8 +396,44 @@ def _first_marked(question_ids_BT: Tensor | None) -> int | None:
     return marked[0] if marked else None
 
 
+def _own_arguments(generation: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Arguments of `generate` that a turn leaves to the caller, and the caller's stopping criteria.
+
+    Raises:
+        ValueError: an argument that the conversation gives itself.
+    """
+    if taken := sorted(OWN_ARGUMENTS & generation.keys()):
+        raise ValueError(
+            f"{', '.join(taken)} cannot be given here: a conversation sets it; use model.generate instead"
+        )
+    others = dict(generation)
+    criteria = others.pop("stopping_criteria", None)
+    return others, criteria or []
+
+
+def _first_row(cache: Cache | None, rows: int, shared_tokens: int | None) -> Cache | None:
+    """The row of a cache that belongs to the first answer, cut to what all rows share where rows were exchanged.
+
+    None where it cannot be told apart: a cache of fixed size, or a sliding window that has to be cut.
+    """
+    if cache is None or rows == 1:
+        return cache
+    if isinstance(cache, StaticCache) or (shared_tokens is not None and any(cache.is_sliding)):
+        return None
+    cache.batch_select_indices(torch.tensor([0]))
+    if shared_tokens is not None:
+        cache.crop(shared_tokens - int(cache.get_seq_length()))
+    return cache
+
+
+def _length(ids_T: Tensor, end_of_sequence: int | Sequence[int] | None) -> int:
+    """Tokens up to the end of the sequence, which is one of them; shorter rows of several are padded behind it."""
+    ends = torch.isin(ids_T, torch.as_tensor([] if end_of_sequence is None else end_of_sequence).to(ids_T))
+    return int(ends.nonzero()[0]) + 1 if ends.any() else len(ids_T)
+
+
 class AnswerStream:
-    """Iterator over pieces of text; `answer` holds the whole answer at its end."""
+    """Iterator over pieces of text; `answer` holds the whole answer at its end. Read again, it gives them again."""
 
     def __init__(
         self, conversation: Conversation, question: str, *, max_new_tokens: int | None = None, **generation: Any
@@ -336,12 +441,17 @@ class AnswerStream:
         self.answer: Answer | None = None
         self._error: BaseException | None = None
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._read: list[str] = []
+        self._ended = False
         self._clock = _Clock(conversation.session.synchronize)
+        place = conversation._queue.join()
 
-        @torch.inference_mode()
         def run() -> None:
             try:
-                self.answer = conversation._ask(question, max_new_tokens, self._pieces.put, generation, self._clock)
+                with conversation._queue.turn(place):
+                    self.answer = conversation._ask(
+                        question, max_new_tokens, self._pieces.put, generation, self._clock
+                    )
             except BaseException as error:  # handed to the thread that reads
                 self._error = error
             finally:
@@ -351,11 +461,15 @@ class AnswerStream:
         self._thread.start()
 
     def __iter__(self) -> Iterator[str]:
+        yield from self._read
         try:
-            while (piece := self._pieces.get()) is not None:
+            while not self._ended and (piece := self._pieces.get()) is not None:
+                self._read.append(piece)
                 yield piece
+            self._pieces.put(None)  # for another reader
         finally:
             # Left early, the model must not go on in the background.
+            self._ended = True
             self._clock.stopped.set()
             self._thread.join()
         if self._error is not None:

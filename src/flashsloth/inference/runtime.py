@@ -5,6 +5,7 @@ Shape suffixes: I images, V views, C channels, H W pixels, P un-pooled patches, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,23 @@ from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .equal_views import encode_distinct_views
+
+_process: int | None = None  # that of the first model
+
+
+def refuse_after_fork() -> None:
+    """Raises:
+    RuntimeError: this process is a fork of one with a model, and uses several threads: torch's threads did not come
+        along, and it would wait for them forever.
+    """
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    if _process != os.getpid() and torch.get_num_threads() > 1:
+        raise RuntimeError(
+            "this process was forked from one in which a model was loaded, where torch waits for threads that are not "
+            'here; start it with multiprocessing\'s "spawn", or call torch.set_num_threads(1) in it'
+        )
 
 
 class Runtime:
@@ -71,6 +89,7 @@ class Runtime:
         return self._call(self.model.generate, **arguments)
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_after_fork()
         return function(*args, **kwargs) if self._thread is None else self._thread.call(function, *args, **kwargs)
 
     def compile_options(self, cache_tokens: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..kernels.packed_layers import chosen_kernels, prepare_for_cpu_
 from ..kernels.quantization import check_scheme, quantize_
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .conversation import Answer, AnswerStream, Conversation
-from .runtime import Runtime
+from .runtime import Runtime, refuse_after_fork
 
 DEFAULT_MODEL = "nano"
 
@@ -48,7 +48,9 @@ def load(
         ValueError: unknown model, device, dtype, kernels or scheme; a checkpoint that does not hold exactly the
             model's tensors; a model that is quantized already; compile without a compiler.
         ImportError: quantization without torchao.
+        RuntimeError: in a process forked from one with a model, unless torch uses one thread in it.
     """
+    refuse_after_fork()
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
     target = select_device(device)
