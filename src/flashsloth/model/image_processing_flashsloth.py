@@ -17,6 +17,8 @@ from .image_loading import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, DEFAULT_TIMEOU
 
 # Pixels of the padded square held at a time while its rows are resized.
 STRIP_PIXELS = 1 << 24
+# Padding to a square costs the square of the longer side, however little there is of the image.
+MAX_PADDED_SIDE = 12_288
 COLOR_LEVELS = 256
 
 
@@ -35,7 +37,8 @@ class FlashSlothImageProcessor(BaseImageProcessor):
     """Squashes each image to the encoder's size; with a view grid adds the tiles of the image padded to a square.
 
     Views are ordered: whole image, then tiles row-major (paper section 3.4, FlashSloth-HD: grid (2, 2), five views).
-    Resizing is Pillow's, on 8-bit pixels.
+    Resizing is Pillow's, on 8-bit pixels. For the tiles, an image with a side beyond 12,288 pixels is first averaged
+    over blocks of pixels.
 
     Args:
         size: {"height", "width"} of a view, in pixels.
@@ -215,6 +218,7 @@ def _resize_padded(image: Image.Image, size: tuple[int, int], color: tuple[int, 
     is never held (a long image would need a huge one).
     """
     target_width, target_height = size
+    image = _averaged(image, color)
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
@@ -226,6 +230,23 @@ def _resize_padded(image: Image.Image, size: tuple[int, int], color: tuple[int, 
         strip.paste(image.crop((0, start, width, stop)), (left, 0))
         narrow.paste(strip.resize((target_width, stop - start), resample), (0, top + start))
     return narrow.resize((target_width, target_height), resample)
+
+
+def _averaged(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """The image, averaged over square blocks if its longer side is beyond `MAX_PADDED_SIDE`.
+
+    The longer side is averaged first, and only then the shorter one padded to whole blocks: this never needs more than
+    about twice the image.
+    """
+    factor = -(-max(image.size) // MAX_PADDED_SIDE)
+    if factor == 1:
+        return image
+    is_wide = image.width > image.height
+    image = image.reduce((factor, 1) if is_wide else (1, factor))
+    padding = (0, -image.height % factor) if is_wide else (-image.width % factor, 0)
+    padded = Image.new("RGB", (image.width + padding[0], image.height + padding[1]), color)
+    padded.paste(image, (padding[0] // 2, padding[1] // 2))
+    return padded.reduce((1, factor) if is_wide else (factor, 1))
 
 
 def _value_table(rescale_factor: float | None, mean_std: tuple[Sequence[float], Sequence[float]] | None) -> np.ndarray:
