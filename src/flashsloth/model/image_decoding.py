@@ -177,7 +177,10 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         width, height = inner.size
         check_size((width, height // 2 if inner.format == "DIB" else height), name, max_pixels)
     formats = [identifier for identifier in Image.ID if identifier not in REFUSED_FORMATS]
-    return Image.open(io.BytesIO(data), formats=formats)
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if not isinstance(image.info.get("xmp", b""), (bytes, str)):  # Pillow looks for an orientation in it
+        del image.info["xmp"]
+    return image
 
 
 def _starts_inside_icon(data: bytes) -> list[int]:
@@ -222,7 +225,7 @@ def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
     raw_mode = tiles[0][3] if tiles and image.format == "PNG" else None
     if isinstance(key, int) and image.mode in KEYED_MODES:
         return key * {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
-    if isinstance(key, tuple) and image.mode == "RGB" and len(key) == 3:
+    if isinstance(key, tuple) and image.mode == "RGB" and [type(value) for value in key] == [int] * 3:
         return tuple(value >> 8 for value in key) if raw_mode == "RGB;16B" or max(key) > 255 else key
     return None
 

@@ -89,7 +89,12 @@ def _image_from_array(array: np.ndarray | torch.Tensor, input_data_format: str |
             raise ValueError(f"the given array has shape {shape}; no axis of it holds 1, 2, 3 or 4 channels")
         array = array[..., 0] if array.shape[-1] == 1 else array
     check_size((array.shape[1], array.shape[0]), "the given array", max_pixels)
-    return Image.fromarray(np.ascontiguousarray(to_eight_bits(array, "the given array")))
+    if array.ndim == 3 and array.shape[-1] in (2, 4) and array.dtype != np.uint8:  # alpha may be of another range
+        alpha = to_eight_bits(array[..., -1:], "the alpha channel of the given array")
+        levels = np.concatenate([to_eight_bits(array[..., :-1], "the given array"), alpha], axis=-1)
+    else:
+        levels = to_eight_bits(array, "the given array")
+    return Image.fromarray(np.ascontiguousarray(levels))
 
 
 def _read(source: Any, max_bytes: int, timeout: float, allow_private_urls: bool) -> tuple[bytes, str]:

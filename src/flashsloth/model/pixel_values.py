@@ -13,8 +13,8 @@ EIGHT_BIT_MAX = 255
 SIXTEEN_BIT_MAX = 65535
 # Resampling with negative lobes (bicubic, Lanczos) passes both ends of a range by up to about a quarter of it.
 OVERSHOOT = 0.25
-# A picture whose brightest level is below this looks black.
-NEARLY_BLACK = 16
+# A picture whose brightest level is below this looks black, such as 12 bits in uint16.
+NEARLY_BLACK = 20
 
 
 def to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
@@ -24,7 +24,7 @@ def to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     Floats hold 0..1 or levels of 0..255: up to 1.25 they are of the first kind.
 
     Values beyond the range by more than rounding are clipped with a warning, and a picture that comes out nearly black
-    gives a warning.
+    gives a warning, also where a few large values alone speak for the larger range.
 
     Raises:
         ValueError: another type, values that are not finite, or values of neither range.
@@ -41,13 +41,13 @@ def to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     lowest, highest = _extremes(array, name)
     if kind == "u" and array.dtype.itemsize == 2:
         return _scaled(array, SIXTEEN_BIT_MAX, lowest, highest, name)
-    end = _range_end((1, EIGHT_BIT_MAX) if kind == "f" else (EIGHT_BIT_MAX,), lowest, highest)
+    end, lesser = _told_range((1, EIGHT_BIT_MAX) if kind == "f" else (EIGHT_BIT_MAX,), lowest, highest)
     if end is None:
         raise ValueError(
             f"{name} has {array.dtype} values from {lowest:g} to {highest:g}; pass uint8, uint16, or floats in 0..1 "
             "(pixels that are already normalised cannot be processed again)"
         )
-    return _scaled(array, end, lowest, highest, name)
+    return _scaled(array, end, lowest, highest, name, lesser)
 
 
 def deep_grey_to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
@@ -61,8 +61,9 @@ def deep_grey_to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     """
     lowest, highest = _extremes(array, name)
     ends = (EIGHT_BIT_MAX, SIXTEEN_BIT_MAX) if array.dtype.kind in "iu" else (1, EIGHT_BIT_MAX, SIXTEEN_BIT_MAX)
-    if (end := _range_end(ends, lowest, highest)) is not None:
-        return _scaled(array, end, lowest, highest, name)
+    end, lesser = _told_range(ends, lowest, highest)
+    if end is not None:
+        return _scaled(array, end, lowest, highest, name, lesser)
     if lowest == highest:
         raise ValueError(f"{name} is {lowest:g} everywhere, which is in none of 0..1, 0..255 and 0..65535")
     warnings.warn(f"{name} has grey values from {lowest:g} to {highest:g}; they are stretched to 0..255", stacklevel=2)
@@ -76,19 +77,25 @@ def _extremes(array: np.ndarray, name: str) -> tuple[float, float]:
     return lowest, highest
 
 
-def _range_end(ends: Sequence[int], lowest: float, highest: float) -> int | None:
-    """The end of the least range (0..end) that holds the values, up to rounding and what resampling adds."""
+def _told_range(ends: Sequence[int], lowest: float, highest: float) -> tuple[int | None, int]:
+    """The end of the least range (0..end) that holds the values, up to rounding and what resampling adds.
+
+    Returns:
+        the end, or None; and the end of the range before it, 0 if there is none.
+    """
+    lesser = 0
     for end in ends:
         if highest <= end * (1 + OVERSHOOT):
-            return end if lowest >= -max(OVERSHOOT * highest, _half_level(end)) else None
-    return None
+            return (end if lowest >= -max(OVERSHOOT * highest, _half_level(end)) else None), lesser
+        lesser = end
+    return None, lesser
 
 
 def _half_level(end: int) -> float:
     return end / EIGHT_BIT_MAX / 2
 
 
-def _scaled(array: np.ndarray, end: int, lowest: float, highest: float, name: str) -> np.ndarray:
+def _scaled(array: np.ndarray, end: int, lowest: float, highest: float, name: str, lesser: int = 0) -> np.ndarray:
     if lowest < -_half_level(end) or highest > end + _half_level(end):
         warnings.warn(
             f"{name} has {array.dtype} values from {lowest:g} to {highest:g}; they are clipped to 0..{end}",
@@ -100,14 +107,18 @@ def _scaled(array: np.ndarray, end: int, lowest: float, highest: float, name: st
     else:
         values = np.rint(array * EIGHT_BIT_MAX if end == 1 else array)
         levels = np.clip(values, 0, EIGHT_BIT_MAX).astype(np.uint8)
-    if highest > 0 and levels.max() < NEARLY_BLACK:
+    few_are_bright = lesser > 0 and 2 * np.count_nonzero(array > lesser * (1 + OVERSHOOT)) < np.count_nonzero(
+        array > 0
+    )
+    if few_are_bright or (highest > 0 and levels.max() < NEARLY_BLACK):
         _warn_of_black(name, array, highest, end)
     return levels
 
 
 def _warn_of_black(name: str, array: np.ndarray, highest: float, end: int) -> None:
     warnings.warn(
-        f"{name} is nearly black: its {array.dtype} values reach {highest:g}, on a scale of 0..{end}; scale them "
-        "first if they are meant brighter (bool is black and white, floats are 0..1, uint8 is 0..255, uint16 is 0..65535)",
+        f"{name} is nearly black: its {array.dtype} values reach {highest:g}, on a scale of 0..{end}. If it is meant "
+        "brighter, clip outliers and scale it: bool is black and white, floats are 0..1, uint8 is 0..255, and uint16 "
+        "0..65535",
         stacklevel=4,
     )
