@@ -204,6 +204,8 @@ def test_alpha_is_dropped_unless_a_background_is_named():
     assert np.asarray(load_image(image)).tolist() == [[[10, 20, 30]] * 2]
     on_white = load_image(image, alpha_background=(255, 255, 255))
     assert np.asarray(on_white).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+    fetched = FlashSlothImageProcessor(alpha_background=(255, 255, 255)).fetch_images([image])
+    np.testing.assert_array_equal(np.asarray(fetched[0]), np.asarray(on_white))
     premultiplied = image.convert("RGBa")
     assert load_image(premultiplied).getpixel((1, 0)) == (10, 20, 30)
 

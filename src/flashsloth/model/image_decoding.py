@@ -198,7 +198,8 @@ def _check_work(image: Image.Image, data: bytes, name: str, max_pixels: int) -> 
     """Refuses a file whose decoding takes far more than its pixels tell."""
     num_pixels = image.width * image.height
     if image.format == "TIFF":  # tiles are decoded whole, however little of them shows
-        check_size(tuple(int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE_TAGS), name, max_pixels)
+        width, height = (int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE_TAGS)
+        check_size((width, height), name, max_pixels)
     if image.format in ("JPEG", "MPO") and (scans := _num_scans(data)) * num_pixels > MAX_SCANS * max_pixels:
         raise ImageError(f"{name} has {scans:,} scans of {num_pixels:,} pixels, too many to decode; save it again")
     in_python = any(tile[0] in Image.DECODERS for tile in image.tile)
@@ -222,7 +223,7 @@ def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
     """
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
-    raw_mode = tiles[0][3] if tiles and image.format == "PNG" else None
+    raw_mode = tiles[0][3] if tiles and image.format == "PNG" else ""
     if isinstance(key, int) and image.mode in KEYED_MODES:
         return key * {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
     if isinstance(key, tuple) and image.mode == "RGB" and [type(value) for value in key] == [int] * 3:
@@ -230,7 +231,7 @@ def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
     return None
 
 
-def _grey_of_eight_bits(image: Image.Image, name: str, key: int | None) -> Image.Image:
+def _grey_of_eight_bits(image: Image.Image, name: str, key: int | tuple[int, ...] | None) -> Image.Image:
     values_HW = np.asarray(image)
     convert = deep_grey_to_eight_bits if image.mode in ("I", "F") else to_eight_bits
     grey = Image.fromarray(convert(values_HW, name))

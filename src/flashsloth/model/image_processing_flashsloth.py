@@ -100,7 +100,12 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         """Loads an image, or a list (of lists) of them, keeping the nesting."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        return load_image(image_url_or_urls, max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+        return load_image(
+            image_url_or_urls,
+            max_pixels=self.max_pixels,
+            max_bytes=self.max_bytes,
+            alpha_background=self.alpha_background,
+        )
 
     def preprocess(
         self,
