@@ -16,6 +16,7 @@ from flashsloth import inference
 from flashsloth.inference.batches import answer, plan_batches, prepare
 from flashsloth.offline import Record, RunSettings, read_records, run_records, runner
 from flashsloth.offline.output import AnswerFile
+from flashsloth.offline.records import input_of
 from flashsloth_cli.main import main
 
 QUESTIONS = (
@@ -64,7 +65,8 @@ def test_batches_give_the_answers_of_single_questions_and_name_what_fails(asked,
     session = inference.load("nano", device="cpu")
     for record in records[:16]:
         single = session.ask(list(record.images), record.question, max_new_tokens=6).text
-        assert rows[record.id] == {"id": record.id, "question": record.question, "answer": single}
+        expected = {"id": record.id, "question": record.question, "answer": single, "input": input_of(record)}
+        assert rows[record.id] == expected
     assert "broken.png" in rows["broken"]["error"] and "nowhere.png" in rows["missing"]["error"]
 
 
@@ -78,7 +80,8 @@ def test_options_of_a_session_reach_the_run(asked, tmp_path, capsys):
     run_records(records, tmp_path / "int8.jsonl", quantized)
     session = inference.load("nano", device="cpu", quantization="int8-dynamic-cpu")
     batch = answer(session, prepare(records[:3], session.processor, 500), 3)
-    assert [lines(tmp_path / "int8.jsonl")[row["id"]] for row in batch] == batch
+    found = lines(tmp_path / "int8.jsonl")
+    assert [{**found[row["id"]], "input": None} for row in batch] == [{**row, "input": None} for row in batch]
     with pytest.raises(ValueError, match="begun with quantization=None, now it is 'int8-dynamic-cpu'"):
         run_records(records, tmp_path / "plain.jsonl", quantized)
 

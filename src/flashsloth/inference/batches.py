@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..model.image_decoding import shorten
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .runtime import Runtime
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Batches are cut from a sorted stretch of this many batches: rows of one batch then have prompts of like length.
 SORTED_BATCHES = 16
+LONGEST_ERROR = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
             if tokens > limit:
                 raise ValueError(f"the prompt has {tokens} tokens, the model's context leaves room for {limit}")
         except (OSError, ValueError) as error:
-            batch.errors.append((record, " ".join(str(error).split())))
+            batch.errors.append((record, shorten(" ".join(str(error).split()), LONGEST_ERROR)))
             del pixels[mark:]
             places = {key: place for key, place in places.items() if place < mark}
             continue

@@ -1,6 +1,7 @@
 """Ask all records of an input and write the answers, on this machine or on a Ray cluster."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..checkpoints.fingerprint import fingerprint
 from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load
 from ..inference.batches import BatchPreparation, PreparedBatch, Record, answer, plan_batches, prepare
 from ..kernels.packed_layers import keep_freed_memory
 from .output import AnswerFile
+from .records import input_of, is_address
 
 STREAMS_OF_A_CPU = 2
 RAY_HINT = "a cluster needs Ray: pip install 'flashsloth[ray]'"
@@ -35,6 +38,7 @@ class RunSettings:
             threads where nothing is compiled, else 1.
         max_new_tokens: longest answer; default that of the model.
         retry_errors: ask again what failed in an earlier run.
+        retry_changed: ask again records whose question or image is another one than when they were answered.
         quantization, compile, share_equal_views: as in `flashsloth.inference.load`.
         ray_workers: model copies on the Ray cluster (`RAY_ADDRESS`, else one started here); 0 does without Ray.
 
@@ -50,6 +54,7 @@ class RunSettings:
     streams: int | None = None
     max_new_tokens: int | None = None
     retry_errors: bool = False
+    retry_changed: bool = False
     ray_workers: int = 0
     quantization: str | None = None
     compile: bool = False
@@ -97,37 +102,60 @@ def run_records(
 
     Args:
         output: JSONL file with `id`, `question` and `answer`, or `id` and `error`, a line a record, in the order they
-            were finished. Killed at any time, the next call goes on where this one was.
+            were finished; `input` identifies question and images. Killed at any time, the next call goes on where
+            this one was.
         progress: called with (records finished, all of them).
 
     Raises:
-        ValueError: an output begun with other settings; a bad model, device or dtype.
+        ValueError: an output begun with other settings or weights, one that answers another question or image under
+            the id of a record, or one that another run is writing; a bad model, device or dtype.
         OSError: the disk is full; what was written stays and the run can be continued.
+        KeyboardInterrupt: interrupted; says how to go on. What was written stays.
     """
+    inputs = {record.id: input_of(record) for record in records}
     decisive = {
         "model": settings.model,
+        "weights": fingerprint(settings.model),
         "dtype": settings.dtype,
         "max_new_tokens": settings.max_new_tokens,
         "quantization": settings.quantization,
     }
     with AnswerFile(output, decisive) as answers:
-        if settings.retry_errors and answers.errors:
-            answers.forget_errors()
+        _forget_what_is_asked_again(answers, inputs, settings)
         pending = [record for record in records if record.id not in answers.done]
         skipped, failed_before = len(records) - len(pending), len(answers.errors)
         finished = skipped
         started = time.perf_counter()
-        if pending:
-            batches = (_ray_lines if settings.ray_workers else _local_lines)(pending, settings)
-            next(batches)  # the model is loaded
-            started = time.perf_counter()
-            for lines in batches:
-                answers.add(lines)
-                finished += len(lines)
-                if progress is not None:
-                    progress(finished, len(records))
+        try:
+            if pending:
+                batches = (_ray_lines if settings.ray_workers else _local_lines)(pending, settings)
+                next(batches)  # the model is loaded
+                started = time.perf_counter()
+                for lines in batches:
+                    answers.add([{**line, "input": inputs[line["id"]]} for line in lines])
+                    finished += len(lines)
+                    if progress is not None:
+                        progress(finished, len(records))
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"{finished} of {len(records)} records are done; the same command goes on with the others"
+            ) from error
         failed = len(answers.errors) - failed_before
         return RunSummary(len(pending) - failed, failed, skipped, time.perf_counter() - started)
+
+
+def _forget_what_is_asked_again(answers: AnswerFile, inputs: dict[str, str], settings: RunSettings) -> None:
+    again = set(answers.errors) if settings.retry_errors else set()
+    changed = {key for key, asked in inputs.items() if key in answers.done and answers.done[key] != asked}
+    answered = sorted(changed - answers.errors.keys())
+    if answered and not settings.retry_changed:
+        raise ValueError(
+            f"{answers.path} answers another question or image under the id {answered[0]!r:.200}"
+            f"{f' and {len(answered) - 1} more' if len(answered) > 1 else ''} (another folder, other rows, or a file "
+            "that was changed since); give another output file, or --retry-changed to ask these anew"
+        )
+    if again | changed:
+        answers.forget(again | changed)
 
 
 def _limits(session: FlashSloth, settings: RunSettings) -> tuple[int, int]:
@@ -154,6 +182,7 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
         num_workers=workers,
         multiprocessing_context="spawn" if workers and session.device.type == "cuda" else None,
         prefetch_factor=2 if workers else None,
+        worker_init_fn=_leave_interrupts_to_the_parent if workers else None,
     )
     yield []
     if streams == 1:
@@ -161,6 +190,10 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
             yield answer(session, batch, new_tokens)
     else:
         yield from _side_by_side(loader, streams, lambda batch: answer(session, batch, new_tokens))
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _side_by_side(
@@ -224,8 +257,14 @@ def _ray_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lin
 
 
 def _with_bytes(record: Record) -> Record:
-    images = tuple(
-        Path(image).read_bytes() if isinstance(image, str) and Path(image).is_file() else image
-        for image in record.images
-    )
-    return Record(record.id, images, record.question)
+    return Record(record.id, tuple(map(_content, record.images)), record.question)
+
+
+def _content(image: Any) -> Any:
+    """The bytes of a file of this machine; addresses, and what cannot be read, go along as they are."""
+    if not isinstance(image, str) or is_address(image):
+        return image
+    try:
+        return Path(image).read_bytes() if Path(image).is_file() else image
+    except (OSError, ValueError):  # the copy of the model says what is wrong with it
+        return image

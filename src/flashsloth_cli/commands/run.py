@@ -46,6 +46,9 @@ def run(
         typer.Option(help="Batches answered side by side; default 2 on a CPU, else 1.", min=1, show_default=False),
     ] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed before.")] = False,
+    retry_changed: Annotated[
+        bool, typer.Option("--retry-changed", help="Ask again records whose question or image has changed since.")
+    ] = False,
     ray: Annotated[
         int, typer.Option(help="Copies of the model on a Ray cluster (RAY_ADDRESS, else this machine).", min=0)
     ] = 0,
@@ -82,6 +85,7 @@ def run(
         streams=streams,
         max_new_tokens=max_new_tokens,
         retry_errors=retry_errors,
+        retry_changed=retry_changed,
         ray_workers=ray,
         quantization=quantize,
         compile=compiled,
