@@ -1,7 +1,10 @@
 """Ask all records of an input and write the answers, on this machine or on a Ray cluster."""
 
+import contextlib
 import json
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
@@ -185,11 +188,27 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
         worker_init_fn=_leave_interrupts_to_the_parent if workers else None,
     )
     yield []
-    if streams == 1:
-        for batch in loader:
-            yield answer(session, batch, new_tokens)
-    else:
-        yield from _side_by_side(loader, streams, lambda batch: answer(session, batch, new_tokens))
+    with _threads_of_a_stream(streams, workers if on_cpu else 0):
+        if streams == 1:
+            for batch in loader:
+                yield answer(session, batch, new_tokens)
+        else:
+            yield from _side_by_side(session, loader, streams, lambda batch: answer(session, batch, new_tokens))
+
+
+@contextlib.contextmanager
+def _threads_of_a_stream(streams: int, workers: int) -> Iterator[None]:
+    """Torch's threads shared among the streams, less those whose cores the workers take.
+
+    Threads of one layer wait for each other without giving up their cores: where a worker has taken the core of one,
+    all of them stand still for as long as the system lets it run.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(threads // streams, math.ceil((threads - workers) / streams))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
@@ -197,14 +216,20 @@ def _leave_interrupts_to_the_parent(_worker: int) -> None:
 
 
 def _side_by_side(
-    batches: Iterable[PreparedBatch], streams: int, ask: Callable[[PreparedBatch], Lines]
+    session: FlashSloth, batches: Iterable[PreparedBatch], streams: int, ask: Callable[[PreparedBatch], Lines]
 ) -> Iterator[Lines]:
     """Lines of each batch as it is finished, `streams` at a time.
 
     One batch leaves cores idle, since much of its work is too small to be split over them.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // streams))
+    stopped = threading.Event()
+
+    def stop(*_: Any) -> None:
+        if stopped.is_set():
+            raise InterruptedError("the run was stopped")
+
+    # an interrupt reaches the main thread only; without this, it would wait for long answers that nobody reads
+    hook = session.model.register_forward_pre_hook(stop) if session.compile_config is None else None
     pool = ThreadPoolExecutor(streams)
     try:
         asked: set[Future[Lines]] = set()
@@ -215,8 +240,10 @@ def _side_by_side(
                 yield from (future.result() for future in done)
         yield from (future.result() for future in as_completed(asked))
     finally:
+        stopped.set()
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        if hook is not None:
+            hook.remove()
 
 
 class RayWorker:
