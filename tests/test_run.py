@@ -258,7 +258,7 @@ def test_one_file_never_mixes_two_settings(tmp_path):
         ),
         ("{oops", "line 1 is not valid JSON"),
         ("[1]", "record 0 is not a mapping"),
-        ('{"image": 3, "question": "q"}', "not int"),
+        ('{"image": 3, "question": "q"}', "not a number"),
         ("", "nothing to ask"),
     ],
 )
