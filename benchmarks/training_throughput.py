@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from flashsloth.bench.training import TrainingLoop
 from flashsloth.checkpoints.loading import synchronize
 from flashsloth.data.dataset import build_collator, build_dataset
-from flashsloth.study.measure import peak_resident_bytes, resident_bytes
+from flashsloth.reports.process_memory import peak_resident_bytes, resident_bytes
 from flashsloth.train.build import build
 from flashsloth.train.freeze import set_trainable_parts
 from flashsloth.train.recipe import Recipe, parse_recipe

@@ -24,8 +24,7 @@ from flashsloth.bench.token_rules import VisualInput
 from flashsloth.bench.tokens import DEFAULT_SIZES, ModelCost, available_models, measure, measure_all
 from flashsloth.checkpoints.files import write_whole
 from flashsloth.model.backbones import CACHE_ARGUMENT, decoder_layers
-from flashsloth_cli.commands.bench import DEFAULT_SIZES as DEFAULT_SIZES_TEXT
-from flashsloth_cli.commands.bench import parse_sizes
+from flashsloth_cli.commands.bench import options
 from flashsloth_cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -404,7 +403,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_default_sizes_agree() -> None:
-    assert tuple(parse_sizes(DEFAULT_SIZES_TEXT)) == DEFAULT_SIZES
+    assert tuple(options.sizes(options.DEFAULT_SIZES, "--sizes")) == DEFAULT_SIZES
 
 
 def test_list_names_every_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ from filelock import FileLock
 from transformers import TrainerControl, TrainerState
 
 from flashsloth import FlashSlothForConditionalGeneration
+from flashsloth.reports.process_memory import peak_resident_bytes, resident_bytes
 from flashsloth.study.config import Study, load_study
-from flashsloth.study.measure import TrainingUsage, count_flops, peak_resident_bytes, resident_bytes
+from flashsloth.study.measure import TrainingUsage, count_flops
 from flashsloth.study.plan import RESULT_FILE, TRAINING_FOLDER, Run, make_plan
 from flashsloth.study.report import write_report
 from flashsloth.study.results import Spread, VariantResults, collect, difference

@@ -28,7 +28,7 @@ from ..checkpoints.loading import synchronize
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.prompt_encoding import IGNORED_LABEL
-from ..study.measure import peak_resident_bytes, reset_peak_resident_bytes, resident_bytes
+from ..reports.process_memory import peak_resident_bytes, reset_peak_resident_bytes, resident_bytes
 from ..train.trainer import uses_cpu
 from .models import MODELS, model_named
 from .report import versions

@@ -21,7 +21,7 @@ from flashsloth.checkpoints.loading import DTYPES
 from flashsloth.kernels.int8_linear import Int8Linear, PromptAndTokenLinear
 from flashsloth.kernels.packed_layers import PackedLinear, keep_freed_memory, prepare_for_cpu_
 from flashsloth.kernels.quantization import quantize_
-from flashsloth.study.measure import peak_resident_bytes
+from flashsloth.reports.process_memory import peak_resident_bytes
 
 from .arithmetic import prefill_flops
 from .machine import LARGEST_OTHER_LOAD, READ_BYTES, Reading, ReadingRate, other_load, read_load

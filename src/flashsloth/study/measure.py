@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
+from ..reports.process_memory import peak_resident_bytes, reset_peak_resident_bytes, resident_bytes
 from .plan import write_json
 
 # Parts of the FLOP counts; the embedded query module runs inside the language model and is taken out of it.
@@ -100,42 +101,6 @@ class TrainingUsage(TrainerCallback):
 
     def _peak(self) -> int:
         return torch.accelerator.max_memory_allocated() if self.on_accelerator else peak_resident_bytes()
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now (Linux), or has held at most (elsewhere)."""
-    status = _status("VmRSS")
-    return peak_resident_bytes() if status is None else status
-
-
-def peak_resident_bytes() -> int:
-    """The most memory this process has held."""
-    # getrusage would also count what a parent held before it started this process
-    status = _status("VmHWM")
-    if status is not None:
-        return status
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak_resident_bytes() -> None:
-    """Begin to look for the peak anew, where the system allows it: importing and building took memory too."""
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
-
-
-def _status(key: str) -> int | None:
-    path = Path("/proc/self/status")
-    if not path.exists():
-        return None
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def count_flops(

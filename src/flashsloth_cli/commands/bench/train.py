@@ -39,7 +39,7 @@ def train(
 
     from flashsloth.bench.training import TrainingSettings, measure_training, training_rows, write_training_report
 
-    from ..tables import print_table, table_console
+    from ...tables import print_table, table_console
 
     settings = TrainingSettings(
         model=model, batch=batch, dtype=dtype, steps=steps, warmup=warmup, question_tokens=question_tokens,

@@ -8,18 +8,7 @@ from typing import Annotated
 import typer
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Whole numbers from 1 on, separated by commas."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{option} has {text!r}; give numbers from 1 on, separated by commas")
-    return numbers
-
-
-def bench_run(
+def run(
     models: Annotated[str, typer.Option(help="Names separated by commas; see `bench tokens --list`.")] = (
         "flashsloth,siglip-phi2-729"
     ),
@@ -77,11 +66,11 @@ def bench_run(
     from flashsloth.checkpoints.files import write_whole
     from flashsloth.kernels.quantization import SCHEMES
 
-    from ..tables import print_table, table_console
-    from .bench import parse_sizes
+    from ...tables import print_table, table_console
+    from . import options
 
     console, log = table_console(), Console(stderr=True, highlight=False)
-    dtypes = [name.strip() for name in dtype.split(",")]
+    dtypes = options.names(dtype)
     for name in dtypes:
         if name not in DTYPES:
             raise ValueError(f"--dtype has {name!r}; known are {', '.join(DTYPES)}")
@@ -89,7 +78,7 @@ def bench_run(
         raise ValueError(f"--quantization is {quantization!r}; known are {', '.join(SCHEMES)}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device is {device!r}; known are cpu and cuda")
-    names = [name.strip() for name in models.split(",")]
+    names = options.names(models)
     folders = dict(item.partition("=")[::2] for item in weights or ())
     strays = sorted(set(folders) - set(names))
     if strays:
@@ -97,10 +86,10 @@ def bench_run(
     threads = threads or len(cores())
     wanted = settings_of(
         names,
-        parse_sizes(sizes),
-        numbers(images, "--images"),
-        numbers(batch, "--batch"),
-        numbers(output_tokens, "--output-tokens"),
+        options.sizes(sizes, "--sizes"),
+        options.numbers(images, "--images"),
+        options.numbers(batch, "--batch"),
+        options.numbers(output_tokens, "--output-tokens"),
         dtypes,
         folders,
         kernels,

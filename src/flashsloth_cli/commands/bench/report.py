@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from .options import numbers
 
-def bench_report(
+
+def report(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="JSON files of `bench run`.", show_default=False)
     ],
@@ -36,8 +38,6 @@ def bench_report(
 
       flashsloth bench report cpu.json cuda.json --output-tokens 16,256 -o both
     """
-    from .bench_run import numbers
-
     lengths = numbers(output_tokens, "--output-tokens")
     for path in files:
         if not path.is_file():

@@ -1,50 +1,15 @@
-"""`flashsloth bench`: what FlashSloth and its peers cost."""
+"""`flashsloth bench tokens`: what models cost by arithmetic alone."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .bench_report import bench_report
-from .bench_run import bench_run
-from .bench_train import train
-
-DEFAULT_SIZES = "384x384,768x768,1024x768,1344x1344"
-
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
-app.command("run")(bench_run)
-app.command("report")(bench_report)
-app.command("train")(train)
+from .options import DEFAULT_SIZES
 
 
-@app.callback()
-def bench() -> None:
-    """Compare the cost of FlashSloth with that of other small vision-language models at their real sizes.
-
-    [bold]tokens[/bold] counts by arithmetic: seconds, on any machine, no weights, no download.
-    [bold]run[/bold] measures: minutes, with random weights in memory, no download.
-    [bold]report[/bold] draws what was measured, and says where FlashSloth loses.
-    [bold]train[/bold] times an optimiser step with compression and without.
-    """
-
-
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """(width, height) of each WIDTHxHEIGHT."""
-    sizes = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip().lower())
-        if match is None:
-            raise ValueError(
-                f"--sizes has {part!r}; give WIDTHxHEIGHT in pixels, separated by commas: {DEFAULT_SIZES}"
-            )
-        sizes.append((int(match[1]), int(match[2])))
-    return list(dict.fromkeys(sizes))
-
-
-@app.command()
 def tokens(
     models: Annotated[
         str | None, typer.Option(help="Names separated by commas; default all. See --list.", show_default=False)
@@ -83,7 +48,8 @@ def tokens(
     from flashsloth.bench.tables import notes, tables
     from flashsloth.bench.tokens import available_models, measure_all
 
-    from ..tables import print_table, table_console
+    from ...tables import print_table, table_console
+    from . import options
 
     console = table_console()
     if list_models:
@@ -92,8 +58,8 @@ def tokens(
             table.add_row(name, model.title, model.origin)
         console.print(table)
         return
-    names = None if models is None else [name.strip() for name in models.split(",")]
-    sizes_given = parse_sizes(sizes)
+    names = None if models is None else options.names(models)
+    sizes_given = options.sizes(sizes, "--sizes")
     with Console(stderr=True).status("counting") as status:
         costs = measure_all(
             names, sizes_given, text_tokens, dtype, batch, progress=lambda name: status.update(f"counting {name}")
