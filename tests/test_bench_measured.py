@@ -11,10 +11,10 @@ import torch
 from flashsloth.bench import anatomy, machine, measured, stages, stock, worker
 from flashsloth.bench.machine import Reading, other_load
 from flashsloth.bench.measured import measure_in_process, open_results, run_all, settings_of
-from flashsloth.bench.measured_tables import measured_markdown, measured_tables
 from flashsloth.bench.models import MODELS, BenchModel
 from flashsloth.bench.results import STAGES, Measurement, Results, Roofline, Settings, Stage
 from flashsloth.bench.stages import Stages, build_filled
+from flashsloth.bench.tables import measured_markdown, measured_tables
 from flashsloth.bench.token_rules import fixed
 from flashsloth.bench.worker import measure, repeat
 from flashsloth.model.configuration_flashsloth import FlashSlothConfig

@@ -11,18 +11,30 @@ from pathlib import Path
 import pytest
 
 import flashsloth.bench
-from flashsloth.bench.comparison import Case, Condition, Variant, baseline_of, crossovers, groups_of, pairs, spread
+import flashsloth.reports
+from flashsloth.bench.comparison import (
+    Case,
+    Condition,
+    Variant,
+    baseline_of,
+    crossovers,
+    groups_of,
+    losses,
+    pairs,
+    rivals_of,
+)
 from flashsloth.bench.counted import count
-from flashsloth.bench.losses import crossover_lines, in_words, losses, ratio_text, sizes_won_and_lost
+from flashsloth.bench.page_tables import crossover_table, loss_tables, ratio_text
 from flashsloth.bench.results import Machine, Measurement, Results, Roofline, Settings, Stage
 from flashsloth.bench.scaling import log_log_slope, scaling
+from flashsloth.bench.tables import spread
 from flashsloth_cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "efficiency-cpu.json"
 MACHINE = Machine("Linux", "a processor", cores=2, threads=2, memory_bytes=2**34, cpu_flags=["avx2"])
 ROOFLINE = Roofline("cpu", "bfloat16", 2, 1e12, 1e10, (8, 8, 8))
-RIVAL = "internvl3-1b"
+RIVAL, RIVAL_TITLE = "internvl3-1b", "InternVL3-1B"
 PLOTS = {"first-token", "image-size", "total-time", "visual-tokens", "memory", "scaling"}
 
 
@@ -61,6 +73,11 @@ def report(folder: Path, *files: Path) -> str:
 
 def section(page: str, heading: str) -> str:
     return re.split(r"^#+ ", page.split(f"## {heading}", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(page: str) -> set[tuple[str, ...]]:
+    """Rows of all tables of a page."""
+    return {tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if line.startswith("| ")}
 
 
 def test_totals_are_measured_interpolated_and_extended():
@@ -122,8 +139,8 @@ def test_two_crossovers_of_bent_lines():
 def test_lines_that_do_not_cross():
     base, rival = cases(measured(), measured(RIVAL, first=2.0, step=0.3))
     assert crossovers(rival, base) == []
-    assert crossover_lines([base, rival], base) == [
-        "**InternVL3-1B**: later at every length up to 10,000 output tokens than FlashSloth."
+    assert crossover_table([(rival, base)]).rows == [
+        ("InternVL3-1B", "InternVL3-1B", "at every length up to 10,000", "", "")
     ]
 
 
@@ -204,13 +221,16 @@ def test_pairs_take_the_longest_common_answer():
 
 def test_losses_are_every_metric_of_which_a_rival_needs_less():
     found = cases(measured(), measured(RIVAL, first=2.0, step=0.05, peak=5 * 10**8))
-    (loss,) = losses(found, baseline_of(found, "flashsloth"))
+    baseline = baseline_of(found, "flashsloth")
+    (loss,) = losses(found, baseline)
     assert [pair.metric for pair in loss.pairs] == ["decode_per_token", "peak_memory_bytes"]
     assert [crossing.tokens for crossing in loss.crossovers] == [pytest.approx(21)]
-    assert in_words(loss) == (
-        "time a token 0.50x, 50 ms against 100 ms; peak memory 0.50x, 0.50 GB against 1.00 GB; answers from 21 tokens "
-        "on (by ms/token, longer than was measured)"
-    )
+    (table,) = loss_tables([loss], rivals_of(found, baseline), "FlashSloth")
+    assert [row[2:] for row in table.rows] == [
+        ("time a token", "", "50 ms", "100 ms", "0.50"),
+        ("peak memory", "", "0.50 GB", "1.00 GB", "0.50"),
+        ("answers from 21 tokens on", "by ms/token, longer than was measured", "", "", ""),
+    ]
 
 
 def test_a_rival_that_is_worse_everywhere_is_no_loss():
@@ -222,10 +242,12 @@ def test_overlapping_samples_are_called_chance():
     noisy = measured()
     noisy.stages["time_to_first_token"].samples[:] = [0.9, 1.0, 1.1]
     found = cases(noisy, measured(RIVAL, first=0.95, step=0.2))
-    (loss,) = losses(found, baseline_of(found, "flashsloth"))
+    baseline = baseline_of(found, "flashsloth")
+    (loss,) = losses(found, baseline)
     (first,) = [pair for pair in loss.pairs if pair.metric == "time_to_first_token"]
     assert first.overlaps
-    assert "first token 0.95x, 950 ms against 1.00 s (samples overlap: may be chance)" in in_words(loss)
+    (table,) = loss_tables([loss], rivals_of(found, baseline), "FlashSloth")
+    assert table.rows[0][2:] == ("first token", "samples overlap: may be chance", "950 ms", "1.00 s", "0.95")
 
 
 def test_sizes_are_won_and_lost_by_the_clock():
@@ -234,8 +256,17 @@ def test_sizes_are_won_and_lost_by_the_clock():
         *(measured(width=size, height=size) for size, _ in sizes),
         *(measured(RIVAL, width=size, height=size, first=first) for size, first in sizes),
     )
-    ((variant, sooner, later),) = sizes_won_and_lost(found, baseline_of(found, "flashsloth"))
-    assert (variant.title, sooner, later) == ("InternVL3-1B", ["384x384"], ["768x768", "1344x1344"])
+    baseline = baseline_of(found, "flashsloth")
+    sooner = {
+        (loss.rival.title, loss.condition.size): pair.ratio
+        for loss in losses(found, baseline)
+        for pair in loss.pairs
+        if pair.metric == "time_to_first_token"
+    }
+    assert sooner == {("InternVL3-1B", "384x384"): 0.5}
+    tally, each = loss_tables(losses(found, baseline), rivals_of(found, baseline), "FlashSloth")
+    assert ("InternVL3-1B", "first token", "1 of 3", "0.50") in tally.rows
+    assert len([row for row in each.rows if row[2] == "first token"]) == 1
 
 
 def test_what_was_measured_under_load_or_differently_is_not_the_baseline():
@@ -274,7 +305,7 @@ def test_the_last_of_two_files_counts():
     (group,) = groups_of({"a.json": results(measured(first=1.0)), "b.json": results(measured(first=2.0))})
     assert [m.median("time_to_first_token") for m in group.measurements] == [2.0]
     assert group.repeated == [
-        "FlashSloth, an image of 768x768, 32 text tokens, batch 1, 8 output tokens: b.json counts"
+        ("FlashSloth, an image of 768x768, 32 text tokens, batch 1, 8 output tokens", "b.json counts")
     ]
 
 
@@ -286,23 +317,24 @@ def test_the_example_end_to_end(tmp_path: Path, capsys):
     assert drawn == set(re.findall(r"!\[[^]]+\]\(([\w-]+)\.png\)", page))
     assert not list((tmp_path / "new" / "folder").glob("*incomplete*"))
     # packed layers are how it is shipped; those of torch are a variant
-    assert section(page, "In short: FlashSloth\n") and "| FlashSloth (torch kernels) | 2.28 s (1.38) |" in page
-    assert "**InternVL3-1B**: from 111 output tokens on" in page
-    assert "**Qwen2-VL-2B**: later at every length up to 10,000 output tokens than FlashSloth" in page
+    assert "| FlashSloth (torch kernels) | 2.28 s (1.38) |" in section(page, "Ratios")
     assert "| Qwen2-VL-2B | 17.28 s (10.46) | 18.46 s (6.94) | ≈ 22.50 s (3.71) |" in page
-    lost = section(page, "Where FlashSloth loses")
-    assert "time a token 0.44x, 62.5 ms against 142 ms" in lost
-    assert "By count, not by clock, at 384x384" in lost
-    missing = section(page, "What is missing")
-    assert (
-        "preprocess: not measured for InternVL3-1B, Qwen2-VL-2B, FlashSloth, stock parts, FlashSloth-HD, stock parts."
-        in missing
-    )
-    assert "Time to the first token against image size: no model was measured at two sizes" in missing
+    crossed = {(row[0], row[1]): row[2:] for row in rows(section(page, "Total time"))}
+    assert crossed["InternVL3-1B", "FlashSloth"][:2] == ("by ms/token beyond what was measured", "111")
+    assert crossed["Qwen2-VL-2B", "Qwen2-VL-2B"][0] == "at every length up to 10,000"
+    lost = {(row[0], row[2]): row[3:] for row in rows(section(page, "Where FlashSloth loses")) if len(row) == 7}
+    assert lost["InternVL3-1B", "time a token"] == ("", "62.5 ms", "142 ms", "0.44")
+    assert "an image of 384x384, which was not timed here, are by count, not by clock" in page
+    assert "| operations at 384x384 / FlashSloth |" in section(page, "Memory")
+    missing = dict(row for row in rows(section(page, "What is missing")))
+    lacking = "InternVL3-1B, Qwen2-VL-2B, FlashSloth, stock parts, FlashSloth-HD, stock parts"
+    assert missing["preprocess"] == f"not measured for {lacking}"
+    assert "no model was measured at two sizes" in missing["Time to the first token against image size"]
     for axis in ("images a prompt", "prompts a batch", "output tokens"):
-        assert f"Scaling with {axis}" in missing
-    machine = section(page, "Machine and settings")
-    assert "AMD EPYC" in machine and "torch 2.13.0" in machine and "0.994 TFLOP/s" in machine
+        assert "there is no slope to fit" in missing[f"Scaling with {axis}"]
+    facts = dict(row for row in rows(section(page, "Machine and settings")))
+    assert "AMD EPYC" in facts["machine"] and "torch 2.13.0" in facts["versions"]
+    assert facts["matrix product"].startswith("0.994 TFLOP/s")
 
 
 @pytest.fixture(scope="module")
@@ -322,20 +354,23 @@ def grid(tmp_path_factory) -> Path:
 def test_a_grid_end_to_end(grid: Path, tmp_path: Path):
     page = report(tmp_path, grid)
     assert {path.stem for path in tmp_path.glob("*.png")} == PLOTS
-    slopes = section(page, "Scaling")
-    rows = [line.split(" | ") for line in slopes.splitlines() if line.startswith("| FlashSloth")]
-    found = {row[1]: (float(row[3]), float(row[4])) for row in rows}
+    slopes = [row for row in rows(section(page, "Scaling")) if row[0] == "FlashSloth"]
+    found = {row[1]: (float(row[4]), float(row[5])) for row in slopes}
     assert found["first token / prompts a batch"] == (1.0, 1.0)
     assert found["peak memory / prompts a batch"][0] == 0.0 and found["peak memory / prompts a batch"][1] > 0
     measured_slope, expected = found["first token / images a prompt"]
     assert measured_slope == 1.0 and 0.8 < expected < 1.0  # text and query tokens do not grow with the images
-    assert "first token sooner at 384x384, not at 768x768" in page
-    assert "was not timed here" not in page
+    assert "which was not timed here" not in page
     assert page.count("<details>") == page.count("</details>") == 3
-    lost = section(page, "Where FlashSloth loses")
-    assert "first token at 4 of 8 (down to 0.50x)" in lost and "time a token at 8 of 8 (down to 0.50x)" in lost
+    lost = rows(section(page, "Where FlashSloth loses"))
+    sooner = {row[1] for row in lost if len(row) == 7 and row[2] == "first token"}
+    assert len(sooner) == 4 and all("384x384" in setting for setting in sooner)
     # 3 + 0.1 n catches 1 + 0.2 n at n = 21, eight times as much at n = 161
-    assert "long answers, from 21 tokens on at the earliest and 161 at the latest" in lost
+    assert {
+        (RIVAL_TITLE, "first token", "4 of 8", "0.50"),
+        (RIVAL_TITLE, "time a token", "8 of 8", "0.50"),
+    } <= lost
+    assert any(row[1] == "answers from 21 to 161 tokens on" for row in lost)
 
 
 def test_a_file_in_which_nothing_is_lost_says_so(tmp_path: Path):
@@ -368,7 +403,7 @@ def test_what_a_file_lacks_is_named_and_not_drawn(tmp_path: Path):
     assert "No other model than FlashSloth was measured here" in page
     missing = section(page, "What is missing")
     for line in (
-        "compress: not measured for FlashSloth.", "FlashSloth: visual tokens unknown, not drawn.",
+        "| compress | not measured for FlashSloth |", "| FlashSloth | visual tokens unknown, not drawn |",
         "no answer longer than one token was measured", "killed, probably for want of memory",
     ):  # fmt: skip
         assert line in missing
@@ -379,14 +414,14 @@ def test_a_file_without_times_is_still_a_report(tmp_path: Path):
     results(dataclasses.replace(measured(), stages={})).save(path)
     page = report(tmp_path / "report", path)
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"memory"}
-    assert "Time to the first token: not measured for any model, not drawn." in section(page, "What is missing")
+    assert "| Time to the first token | not measured for any model, not drawn |" in section(page, "What is missing")
 
 
 def test_a_model_that_is_not_known_here_is_reported_without_counts(tmp_path: Path):
     path = tmp_path / "tomorrow.json"
     results(*(measured("a-model-of-tomorrow", batch=batch) for batch in (1, 2))).save(path)
     page = report(tmp_path / "report", path)
-    assert "| a-model-of-tomorrow | – | – | – | – | 1.00 |" in section(page, "Memory")
+    assert "| a-model-of-tomorrow | - | - | - | - | 1.00 |" in section(page, "Memory")
     assert "`flashsloth` was not measured here" in page
 
 
@@ -435,9 +470,9 @@ def test_options_that_make_no_sense_are_refused(grid: Path, tmp_path: Path, caps
 
 
 def test_a_missing_extra_is_one_sentence(grid: Path, tmp_path: Path, monkeypatch, capsys):
-    for name in ("flashsloth.bench.page", "flashsloth.bench.plots"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        monkeypatch.delattr(flashsloth.bench, name.rpartition(".")[2], raising=False)
+    for package, name in ((flashsloth.bench, "page"), (flashsloth.bench, "plots"), (flashsloth.reports, "plots")):
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        monkeypatch.delattr(package, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["bench", "report", str(grid), "-o", str(tmp_path / "report")]) == 2
     assert (

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 from flashsloth.bench.memory import cache_bytes, cache_bytes_per_token, feature_map_elements, widest_block_elements
 from flashsloth.bench.models import MODELS
 from flashsloth.bench.rebuilt import FastViTHD
-from flashsloth.bench.report import markdown
+from flashsloth.bench.tables import token_markdown
 from flashsloth.bench.token_rules import VisualInput
 from flashsloth.bench.tokens import DEFAULT_SIZES, ModelCost, available_models, measure, measure_all
 from flashsloth.checkpoints.files import write_whole
@@ -361,7 +361,7 @@ def test_json_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert flops["to_first_token"] == flops["vision"] + flops["compressor"] + flops["prefill"]
     assert flashsloth["total_parameters"] == EXPECTED["flashsloth"][0]
     costs = measure_all(["flashsloth", "smolvlm-500m"], [(1024, 768)], 10, "bfloat16")
-    assert markdown_file.read_text().endswith(markdown(costs, 10, "bfloat16", 1))
+    assert markdown_file.read_text().endswith(token_markdown(costs, 10, "bfloat16", 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.json", "tokens.md"]
 
 
@@ -422,4 +422,4 @@ def test_a_model_that_transformers_lacks_is_left_out(monkeypatch: pytest.MonkeyP
 def test_the_document_shows_what_the_command_prints() -> None:
     assert available_models() == list(MODELS)
     costs = [default_cost(name) for name in MODELS]
-    assert markdown(costs, 64, "bfloat16", 1) in (ROOT / "docs" / "efficiency.md").read_text()
+    assert token_markdown(costs, 64, "bfloat16", 1) in (ROOT / "docs" / "efficiency.md").read_text()

@@ -12,7 +12,7 @@ from flashsloth.bench.training import (
     random_batch,
     training_config,
     training_models,
-    training_rows,
+    training_table,
 )
 from flashsloth.model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from flashsloth_cli.main import main
@@ -69,8 +69,8 @@ def test_ratios_are_to_the_first_variant():
         "seconds": {"median": 0.25}, "memory_peak_bytes": 2**21, "memory_added_bytes": 2**20,
     }  # fmt: skip
     slower = {**result, "samples_per_second": {"median": 2.0, "min": 1.0, "max": 3.0}}
-    columns, rows = training_rows({"variants": {"compressed": result, "uncompressed": slower}})
-    assert [row[columns.index("ratio")] for row in rows] == ["1.00", "4.00"]
+    table = training_table({"variants": {"compressed": result, "uncompressed": slower}})
+    assert [row[table.columns.index("ratio")] for row in table.rows] == ["1.00", "4.00"]
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
+
+from flashsloth.reports.table import Table
 
 # wide enough for every column where the output is no terminal
 FILE_WIDTH = 170
@@ -19,13 +19,11 @@ def table_console() -> Console:
     return console
 
 
-def print_table(
-    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
-) -> None:
-    """The first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
-    for index, heading in enumerate(columns):
-        table.add_column(heading, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def print_table(console: Console, table: Table) -> None:
+    """A table with its title above it."""
+    shown = RichTable(title=table.title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    for index, heading in enumerate(table.columns):
+        shown.add_column(heading, justify="right" if index >= table.texts else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)

@@ -5,16 +5,29 @@ Only what was measured by the same code on the same machine with the same dtype 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from .measured_tables import label
 from .results import Machine, Measurement, Results, Roofline, Stage
+from .tables import label
 
 # beyond this no crossover is looked for: longer than an answer about an image, and than the context of many models
 LONGEST_ANSWER = 10_000
+
+# what is compared, in the order in which it is told
+TIMES = {
+    "time_to_first_token": "first token",
+    "encode": "encode",
+    "compress": "compress",
+    "prefill": "prefill",
+}
+SIZES = {
+    "peak_memory_bytes": "peak memory",
+    "parameter_bytes": "weights",
+    "cache_bytes": "KV cache",
+    "visual_tokens": "visual tokens",
+}
+METRICS = {**TIMES, "decode_per_token": "time a token", "total": "total", **SIZES}
 
 
 @dataclass(frozen=True)
@@ -40,14 +53,17 @@ class Variant:
         s = measurement.settings
         return cls(
             s.model, s.assembly, s.attention, s.compile, s.quantization, s.kernels, s.weights,
-            measurement.under_load,
-            label(measurement),
+            measurement.under_load, label(measurement),
         )  # fmt: skip
 
     @property
     def deviations(self) -> int:
         """How many of its settings are not the plain ones."""
         return sum((self.attention != "sdpa", self.compile, self.quantization is not None, self.weights is not None))
+
+    def is_rival_of(self, baseline: Variant) -> bool:
+        """Whether losing to it counts: not the same model under other options, and not measured under load."""
+        return (self.model, self.assembly) != (baseline.model, baseline.assembly) and not self.under_load
 
 
 @dataclass(frozen=True, order=True)
@@ -64,6 +80,11 @@ class Condition:
     def of(cls, measurement: Measurement) -> Condition:
         s = measurement.settings
         return cls(s.width, s.height, s.images, s.batch, s.text_tokens)
+
+    @property
+    def pixels(self) -> int:
+        """Of one image."""
+        return self.width * self.height
 
     @property
     def size(self) -> str:
@@ -101,19 +122,22 @@ class Case:
         samples = [value for m in self.by_length.values() if name in m.stages for value in m.stages[name].samples]
         return Stage(samples) if samples else None
 
+    def median(self, name: str) -> float | None:
+        """Median seconds of that stage."""
+        stage = self.stage(name)
+        return None if stage is None else stage.median
+
     @property
     def per_token(self) -> float | None:
         """Seconds of a token after the first, from the longest answer that has any."""
-        found = [m.median("decode_per_token") for _, m in sorted(self.by_length.items())]
-        return next((value for value in reversed(found) if value is not None), None)
+        found = [m.median("decode_per_token") for _, m in sorted(self.by_length.items(), reverse=True)]
+        return next((value for value in found if value is not None), None)
 
     def knots(self) -> list[tuple[int, float]]:
         """(output tokens, seconds of the whole answer) where measured; the first token is an answer of one."""
         found = {length: m.stages["total"].median for length, m in self.by_length.items() if "total" in m.stages}
-        first = self.stage("time_to_first_token")
-        if first is not None:
-            found[1] = first.median
-        return sorted(found.items())
+        first = self.median("time_to_first_token")
+        return sorted((found if first is None else {**found, 1: first}).items())
 
     def total(self, tokens: float) -> float | None:
         """Seconds of an answer: measured, or on the line between two that were, or ms/token beyond the longest.
@@ -139,8 +163,8 @@ class Group:
 
     Attributes:
         files: names of the files it came from.
-        failures: one line for each thing that has no numbers.
-        repeated: settings that several files have; the last file counts.
+        failures: what has no numbers, and why.
+        repeated: settings that several files have, and the file that counts, which is the last.
     """
 
     machine: Machine
@@ -149,11 +173,11 @@ class Group:
     threads: int
     versions: dict[str, str]
     commit: str | None
-    files: list[str]
-    rooflines: list[Roofline]
-    measurements: list[Measurement]
-    failures: list[str]
-    repeated: list[str]
+    files: list[str] = field(default_factory=list)
+    rooflines: list[Roofline] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    repeated: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def roofline(self) -> Roofline | None:
@@ -163,8 +187,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        machine = self.machine
-        where = machine.gpu or f"{machine.cores} cores of {machine.cpu}"
+        where = self.machine.gpu or f"{self.machine.cores} cores of {self.machine.cpu}"
         threads = "" if self.device == "cuda" else f", {self.threads} thread{'s' * (self.threads > 1)}"
         return f"{where}, {self.dtype}{threads}"
 
@@ -176,6 +199,22 @@ class Group:
             found.setdefault(key, {})[measurement.settings.output_tokens] = measurement
         return [Case(*key, dict(sorted(lengths.items()))) for key, lengths in found.items()]
 
+    def add(self, name: str, results: Results, measurement: Measurement) -> None:
+        """Takes a measurement of a file of that name."""
+        if name not in self.files:
+            self.files.append(name)
+            self.rooflines.extend(results.rooflines)
+        what = f"{label(measurement)}, {Condition.of(measurement)}"
+        if measurement.error is not None:
+            self.failures.append((what, measurement.error))
+            return
+        known = [other.settings for other in self.measurements]
+        if measurement.settings in known:
+            self.measurements[known.index(measurement.settings)] = measurement
+            self.repeated.append((f"{what}, {measurement.settings.output_tokens} output tokens", f"{name} counts"))
+        else:
+            self.measurements.append(measurement)
+
 
 def groups_of(files: Mapping[str, Results]) -> list[Group]:
     """Results by machine, versions, commit, device, dtype and threads.
@@ -183,41 +222,14 @@ def groups_of(files: Mapping[str, Results]) -> list[Group]:
     Args:
         files: results by the name of their file.
     """
-    found: dict[Any, Group] = {}
+    found: dict[str, Group] = {}
     for name, results in files.items():
+        versions = dict(sorted(results.versions.items()))
         for measurement in results.measurements:
             s = measurement.settings
-            code = (tuple(sorted(results.versions.items())), results.commit)
-            machine = results.machine
-            key = (*_hashable(machine), *code, s.device, s.dtype, s.threads)
-            if key not in found:
-                found[key] = Group(
-                    machine, s.device, s.dtype, s.threads, results.versions, results.commit, [], [], [], [], []
-                )
-            _add(found[key], name, results, measurement)
+            empty = Group(results.machine, s.device, s.dtype, s.threads, versions, results.commit)
+            found.setdefault(repr(empty), empty).add(name, results, measurement)
     return list(found.values())
-
-
-def _hashable(machine: Machine) -> tuple:
-    return (*(value for name, value in vars(machine).items() if name != "cpu_flags"), tuple(machine.cpu_flags))
-
-
-def _add(group: Group, name: str, results: Results, measurement: Measurement) -> None:
-    if name not in group.files:
-        group.files.append(name)
-        group.rooflines.extend(results.rooflines)
-    if measurement.error is not None:
-        group.failures.append(f"{label(measurement)}, {Condition.of(measurement)}: {measurement.error}")
-        return
-    for index, known in enumerate(group.measurements):
-        if known.settings == measurement.settings:
-            group.measurements[index] = measurement
-            group.repeated.append(
-                f"{label(measurement)}, {Condition.of(measurement)}, {measurement.settings.output_tokens} output "
-                f"tokens: {name} counts"
-            )
-            return
-    group.measurements.append(measurement)
 
 
 def baseline_of(cases: Iterable[Case], model: str) -> Variant | None:
@@ -231,16 +243,14 @@ def baseline_of(cases: Iterable[Case], model: str) -> Variant | None:
     return min(own, key=lambda variant: (variant.deviations, variant.kernels == "torch"), default=None)
 
 
-def is_rival(variant: Variant, baseline: Variant) -> bool:
-    """Whether losing to it counts: not the same model under other options, and not measured under load."""
-    same = (variant.model, variant.assembly) == (baseline.model, baseline.assembly)
-    return not same and not variant.under_load
-
-
-def spread(samples: Iterable[float]) -> float:
-    """From the lowest to the highest sample, as a share of the median."""
-    values = list(samples)
-    return (max(values) - min(values)) / statistics.median(values)
+def rivals_of(cases: Sequence[Case], baseline: Variant | None) -> list[tuple[Case, Case]]:
+    """Every case of a rival, and that of the baseline under the same condition."""
+    bases = {case.condition: case for case in cases if case.variant == baseline}
+    return [
+        (case, base)
+        for case in cases
+        if (base := bases.get(case.condition)) is not None and case.variant.is_rival_of(base.variant)
+    ]
 
 
 @dataclass(frozen=True)
@@ -248,7 +258,7 @@ class Pair:
     """A quantity of a model and of the baseline under the same settings.
 
     Attributes:
-        metric: key of `TIMES` or `SIZES`, or "total".
+        metric: key of `METRICS`.
         output_tokens: of both, None where the quantity does not depend on it.
         value, base: seconds, bytes or tokens.
         overlaps: whether the samples of the two overlap, None where there is one number each.
@@ -270,22 +280,6 @@ class Pair:
         return self.value < self.base
 
 
-# in the order in which they are told
-TIMES = {
-    "time_to_first_token": "first token",
-    "encode": "encode",
-    "compress": "compress",
-    "prefill": "prefill",
-}
-SIZES = {
-    "peak_memory_bytes": "peak memory",
-    "parameter_bytes": "weights",
-    "cache_bytes": "KV cache",
-    "visual_tokens": "visual tokens",
-}
-METRICS = {**TIMES, "decode_per_token": "time a token", "total": "total", **SIZES}
-
-
 def pairs(case: Case, base: Case) -> list[Pair]:
     """Everything that both have, under the same condition; sizes and time a token at their longest common answer.
 
@@ -294,32 +288,32 @@ def pairs(case: Case, base: Case) -> list[Pair]:
     """
     if case.condition != base.condition:
         raise ValueError(f"{case.condition} and {base.condition} are not to be compared")
-    found: list[Pair | None] = [_timed(name, None, case.stage(name), base.stage(name)) for name in TIMES]
-    common = sorted(set(case.by_length) & set(base.by_length))
-    for length in reversed(common):
-        stage, other = (c.by_length[length].stages.get("decode_per_token") for c in (case, base))
-        if stage is not None and other is not None:
-            found.append(_timed("decode_per_token", length, stage, other))
-            break
-    for length in common:
-        stage, other = (c.by_length[length].stages.get("total") for c in (case, base))
+    found: list[Pair] = []
+
+    def add(metric: str, length: int | None, stage: Stage | None, other: Stage | None) -> None:
+        if stage is not None and other is not None and other.median:
+            overlaps = min(stage.samples) <= max(other.samples) and min(other.samples) <= max(stage.samples)
+            found.append(Pair(metric, length, stage.median, other.median, overlaps))
+
+    for name in TIMES:
+        add(name, None, case.stage(name), base.stage(name))
+    common = [
+        (length, case.by_length[length], base.by_length[length])
+        for length in sorted(set(case.by_length) & set(base.by_length))
+    ]
+    decoded = [both for both in common if all("decode_per_token" in m.stages for m in both[1:])]
+    for length, mine, theirs in decoded[-1:]:
+        add("decode_per_token", length, mine.stages["decode_per_token"], theirs.stages["decode_per_token"])
+    for length, mine, theirs in common:
         if length > 1:  # an answer of one token is the first token
-            found.append(_timed("total", length, stage, other))
-    if common:
-        mine, theirs = case.by_length[common[-1]], base.by_length[common[-1]]
+            add("total", length, mine.stages.get("total"), theirs.stages.get("total"))
+    for length, mine, theirs in common[-1:]:
         for name in SIZES:
             value, against = getattr(mine, name), getattr(theirs, name)
             if value is not None and against:
                 depends = name in ("peak_memory_bytes", "cache_bytes")
-                found.append(Pair(name, common[-1] if depends else None, value, against))
-    return [pair for pair in found if pair is not None]
-
-
-def _timed(metric: str, length: int | None, stage: Stage | None, base: Stage | None) -> Pair | None:
-    if stage is None or base is None or not base.median:
-        return None
-    overlaps = min(stage.samples) <= max(base.samples) and min(base.samples) <= max(stage.samples)
-    return Pair(metric, length, stage.median, base.median, overlaps)
+                found.append(Pair(name, length if depends else None, value, against))
+    return found
 
 
 @dataclass(frozen=True)
@@ -350,27 +344,44 @@ def crossovers(case: Case, base: Case, longest: int = LONGEST_ANSWER) -> list[Cr
     ends = [knots[-1][0] for c in (case, base) if (knots := c.knots())]
     if len(ends) < 2:
         return []
-    lengths = sorted({length for c in (case, base) for length, _ in c.knots() if length <= longest} | {longest})
     found: list[Crossover] = []
     earlier: tuple[int, float] | None = None
-    for length in lengths:
+    touched: float | None = None
+    for length in sorted({length for c in (case, base) for length, _ in c.knots() if length <= longest} | {longest}):
         mine, theirs = case.total(length), base.total(length)
         if mine is None or theirs is None:
             continue
         gap = mine - theirs
-        if gap == 0:
-            continue  # touching is not crossing
+        if gap == 0:  # touching is not crossing
+            touched = float(length) if touched is None else touched
+            continue
         if earlier is not None and (gap < 0) != (earlier[1] < 0):
             start, before = earlier
-            tokens = _zero(start, before, length, gap, case, base, lengths)
+            tokens = start + (length - start) * before / (before - gap) if touched is None else touched
             found.append(Crossover(tokens, base.total(tokens) or 0.0, gap < 0, tokens <= min(ends)))
-        earlier = length, gap
+        earlier, touched = (length, gap), None
     return found
 
 
-def _zero(start: int, before: float, end: int, after: float, case: Case, base: Case, lengths: list[int]) -> float:
-    """Where the gap is zero between two lengths; a length between them at which it is exactly zero is it."""
-    for length in lengths:
-        if start < length < end and case.total(length) == base.total(length):
-            return float(length)
-    return start + (end - start) * before / (before - after)
+@dataclass(frozen=True)
+class Loss:
+    """What a rival has less of than the baseline, under one condition."""
+
+    rival: Variant
+    condition: Condition
+    pairs: list[Pair]
+    crossovers: list[Crossover]
+
+
+def losses(cases: Sequence[Case], baseline: Variant) -> list[Loss]:
+    """Every condition and metric at which a rival is faster or smaller, rival by rival, in the order of the cases.
+
+    A crossover counts where longer answers are slower with the baseline.
+    """
+    found = []
+    for case, base in rivals_of(cases, baseline):
+        lost = [pair for pair in pairs(case, base) if pair.lost]
+        crossed = [crossing for crossing in crossovers(case, base) if crossing.baseline_slower_after]
+        if lost or crossed:
+            found.append(Loss(case.variant, case.condition, lost, crossed))
+    return found

@@ -20,9 +20,9 @@ from pydantic import TypeAdapter
 from flashsloth.kernels.packed_layers import HUGE_PAGES_VARIABLE, chosen_kernels
 
 from .machine import LARGEST_OTHER_LOAD, commit, machine_card, measure_roofline, other_load, read_load
-from .report import versions
-from .results import Measurement, Results, Roofline, Settings
-from .worker import MOST_DISCARDED, entry_of
+from .results import Measurement, Results, Roofline, Settings, versions
+from .stock import entry_of
+from .worker import MOST_DISCARDED
 
 
 def open_results(path: Path, device: str, threads: int) -> Results:

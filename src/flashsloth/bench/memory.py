@@ -15,7 +15,6 @@ from transformers.activations import NewGELUActivation, QuickGELUActivation
 
 from .arithmetic import SLIDING, head_dim, layer_types
 
-DTYPES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # activations written as several operations keep more copies of their input alive
 _EXTRA_COPIES: dict[type[nn.Module], int] = {NewGELUActivation: 2, QuickGELUActivation: 1}
 _STATE_BYTES = 4  # the recurrent state of the gated delta rule is kept in float32

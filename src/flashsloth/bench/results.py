@@ -12,12 +12,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import transformers
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+import flashsloth
 from flashsloth.checkpoints.files import write_whole
 
 FORMAT = 1
 STAGES = ("preprocess", "encode", "compress", "prefill", "time_to_first_token", "decode_per_token", "total")
+
+
+def versions() -> dict[str, str]:
+    """What made the numbers."""
+    return {
+        "flashsloth": flashsloth.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,10 @@ class Roofline:
     matrix_flops_per_second: float
     bandwidth_bytes_per_second: float
     shape: tuple[int, int, int]
+
+    def seconds(self, flops: int, read: int) -> float:
+        """Of so many operations or of reading so many bytes, whichever takes longer."""
+        return max(flops / self.matrix_flops_per_second, read / self.bandwidth_bytes_per_second)
 
 
 @dataclass(frozen=True)

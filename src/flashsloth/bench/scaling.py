@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from .comparison import Variant
 from .results import Measurement, Settings
@@ -19,9 +19,7 @@ METRICS_OF = {
     "batch": ("time_to_first_token", "decode_per_token", "peak_memory_bytes"),
     "output_tokens": ("total", "peak_memory_bytes"),
 }
-_OF_VARIANT = (
-    "model", "assembly", "attention", "compile", "quantization", "kernels", "weights", "dtype", "device", "threads",
-)  # fmt: skip
+_WORK = ("width", "height", "images", "batch", "text_tokens", "output_tokens")
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,8 @@ def _filled(lines: Iterable[Sequence[Measurement]], metrics: Sequence[str]) -> i
     )
 
 
-def _others(settings: Settings, axis: str) -> tuple:
-    return tuple((name, value) for name, value in asdict(settings).items() if name != axis and name not in _OF_VARIANT)
+def _others(settings: Settings, axis: str) -> tuple[int, ...]:
+    return tuple(getattr(settings, name) for name in _WORK if name != axis)
 
 
 def value_of(measurement: Measurement, metric: str) -> float | None:

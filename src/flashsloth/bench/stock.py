@@ -14,7 +14,8 @@ from flashsloth.model.configuration_flashsloth import FlashSlothConfig
 
 from . import anatomy
 from .arithmetic import matrix_flops
-from .models import BenchModel
+from .models import MODELS, BenchModel, model_named
+from .results import Settings
 from .token_rules import fixed
 
 
@@ -80,3 +81,22 @@ STOCK: dict[str, BenchModel] = {
         "FlashSloth-HD, stock parts", "rebuilt", _build, _dissect, fixed(27, 81, views=5), notes=_NOTES
     ),
 }
+
+
+def find_entry(model: str, assembly: str) -> BenchModel | None:
+    """What was measured, None for a name that is not known here, of another version."""
+    return (STOCK if assembly == "stock" else MODELS).get(model)
+
+
+def entry_of(settings: Settings) -> BenchModel:
+    """What is to be measured.
+
+    Raises:
+        ValueError: there is no such model, or no stock assembly of it.
+    """
+    entry = model_named(settings.model)
+    if settings.assembly == "own":
+        return entry
+    if settings.model not in STOCK:
+        raise ValueError(f"{settings.model} has no stock assembly; those that have one are {', '.join(STOCK)}")
+    return STOCK[settings.model]

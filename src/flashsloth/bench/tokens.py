@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .arithmetic import decode_flops, prefill_flops
-from .memory import DTYPES, cache_bytes, cache_bytes_per_token, count_parameters, widest_block_elements
+from flashsloth.checkpoints.loading import DTYPES
+
+from .counted import Memory, count, dissect
+from .memory import cache_bytes_per_token
 from .models import MODELS, Origin, model_named
+from .results import Settings
 
 DEFAULT_SIZES = ((384, 384), (768, 768), (1024, 768), (1344, 1344))
-PARTS = ("vision", "connector", "embedded_query", "language_model", "head")
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,6 @@ class Flops:
     def to_first_token(self) -> int:
         """All that happens before the first token of the answer is known."""
         return self.vision + self.compressor + self.prefill
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a batch.
-
-    Attributes:
-        weights: of all parts.
-        cache: keys, values and recurrent states after the prompt.
-        activations: estimate of what else is alive at the widest point, the encoder's or the language model's.
-    """
-
-    weights: int
-    cache: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.activations
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ class ModelCost:
 
     Attributes:
         name, title, origin, notes: see `models.BenchModel`.
-        parameters: by part, see `PARTS`; a part that is tied to an earlier one counts nothing.
+        parameters: by part, see `counted.PARTS`; a part that is tied to an earlier one counts nothing.
         published_parameters: where a published count could be found.
         cache_bytes_per_token: keys and values of one more token.
         decode_bytes: weights read to make one token.
@@ -122,7 +105,7 @@ def measure(name: str, sizes: Sequence[tuple[int, int]], text_tokens: int, dtype
         name: key of `models.MODELS`.
         sizes: (width, height) of images in pixels.
         text_tokens: of the prompt beside the image.
-        dtype: key of `memory.DTYPES`.
+        dtype: key of `checkpoints.loading.DTYPES`.
         batch: prompts at a time, one image each; only memory depends on it.
 
     Raises:
@@ -130,47 +113,29 @@ def measure(name: str, sizes: Sequence[tuple[int, int]], text_tokens: int, dtype
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
-    entry, element = model_named(name), DTYPES[dtype]
-    model = entry.on_meta()
-    parts = entry.dissect(model)
-    seen: set = set()
-    modules = {
-        "connector": parts.connector,
-        "embedded_query": parts.embedded_query,
-        "vision": [parts.vision],
-        "language_model": [parts.language_model],
-        "head": [parts.head],
-    }
-    parameters = {part: count_parameters(found, seen) for part, found in modules.items()}
-    weights = sum(parameters.values())
-    config, layers, head = parts.text_config, parts.layers, parts.head
-    block = widest_block_elements(layers[0], config.hidden_size)
-    images = []
+    entry, element = model_named(name), DTYPES[dtype].itemsize
+    if not entry.available:
+        entry.build()  # says which class is missing
+    dissected, images = dissect(entry), []
     for width, height in sizes:
-        image = entry.rule(width, height)
-        prompt = image.tokens + parts.query_tokens + text_tokens
-        flops = Flops(
-            vision=parts.vision_flops(image),
-            compressor=parts.connector_flops(image, prompt),
-            prefill=prefill_flops(layers, config, head, prompt),
-            decode_token=decode_flops(layers, config, head, prompt + 1),
+        one = Settings(name, width, height, text_tokens=text_tokens, output_tokens=1, dtype=dtype)
+        single, many = count(one), count(replace(one, batch=batch))
+        assert single is not None and many is not None, "model and dtype are known"
+        image, flops = single.image, Flops(*single.flops.values(), single.decode_flops)
+        images.append(
+            ImageCost(
+                width, height, image.views, image.patches, image.tokens, single.prompt_tokens, flops, many.memory
+            )
         )
-        alive = max(parts.vision_elements(image), prompt * block + parts.kept_elements(image))
-        memory = Memory(
-            weights=weights * element,
-            cache=batch * cache_bytes(config, prompt, element),
-            activations=batch * alive * element,
-        )
-        images.append(ImageCost(width, height, image.views, image.patches, image.tokens, prompt, flops, memory))
     return ModelCost(
         name=name,
         title=entry.title,
         origin=entry.origin,
         notes=entry.notes,
-        parameters={part: parameters[part] for part in PARTS},
+        parameters=dissected.parameters,
         published_parameters=entry.published_parameters,
-        cache_bytes_per_token=cache_bytes_per_token(config, element),
-        decode_bytes=element * count_parameters([*layers, head], set()),
+        cache_bytes_per_token=cache_bytes_per_token(dissected.anatomy.text_config, element),
+        decode_bytes=element * dissected.weights["prefill"],
         images=images,
     )
 

@@ -29,34 +29,22 @@ from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.prompt_encoding import IGNORED_LABEL
 from ..reports.process_memory import peak_resident_bytes, reset_peak_resident_bytes, resident_bytes
+from ..reports.table import MEBI, Column, Table
 from ..train.trainer import uses_cpu
 from .models import MODELS, model_named
-from .report import versions
-from .tables import TableData
+from .results import versions
 
 TINY = {
     "vision_config": {
-        "model_type": "siglip_vision_model",
-        "image_size": 96,
-        "patch_size": 16,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
+        "model_type": "siglip_vision_model", "image_size": 96, "patch_size": 16, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     },
     "text_config": {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     },
-    "embedded_query_layer": 1,
-    "embedded_query_num_heads": 4,
-}
+    "embedded_query_layer": 1, "embedded_query_num_heads": 4,
+}  # fmt: skip
 # what is set over a model's own configuration
 VARIANTS: dict[str, dict[str, Any]] = {"compressed": {}, "uncompressed": {"compressor": "none", "num_query_tokens": 0}}
 DTYPES = ("float32", "bfloat16")
@@ -312,54 +300,36 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def training_rows(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings and rows of the table; ratios are those of the first variant to each."""
-    columns: tuple[str, ...] = (
-        "variant", "visual tokens", "tokens a sample", "samples/s", "lowest to highest", "ratio", "step ms",
-        "peak MiB", "added MiB",
-    )  # fmt: skip
-    variants = report["variants"]
-    first = next(iter(variants.values()))["samples_per_second"]["median"]
-    rows: list[tuple[str, ...]] = []
-    for name, result in variants.items():
-        rate = result["samples_per_second"]
-        rows.append(
-            (
-                name,
-                f"{result['visual_tokens']}",
-                f"{result['tokens_of_a_sample']}",
-                f"{rate['median']:.2f}",
-                f"{rate['min']:.2f} to {rate['max']:.2f}",
-                f"{first / rate['median']:.2f}",
-                f"{1000 * result['seconds']['median']:.0f}",
-                f"{result['memory_peak_bytes'] / 2**20:,.0f}",
-                f"{result['memory_added_bytes'] / 2**20:,.0f}",
-            )
-        )
-    return columns, rows
+def training_table(report: dict[str, Any]) -> Table:
+    """A row for each variant; ratios are those of the first variant to each."""
+    variants = list(report["variants"].items())
+    first = variants[0][1]["samples_per_second"]["median"]
+    columns = (
+        Column("variant", lambda item: item[0]),
+        Column("visual tokens", lambda item: item[1]["visual_tokens"]),
+        Column("tokens a sample", lambda item: item[1]["tokens_of_a_sample"]),
+        Column("samples/s", lambda item: item[1]["samples_per_second"]["median"], ".2f"),
+        Column("lowest", lambda item: item[1]["samples_per_second"]["min"], ".2f"),
+        Column("highest", lambda item: item[1]["samples_per_second"]["max"], ".2f"),
+        Column("ratio", lambda item: first / item[1]["samples_per_second"]["median"], ".2f"),
+        Column("step ms", lambda item: 1000 * item[1]["seconds"]["median"], ".0f"),
+        Column("peak MiB", lambda item: item[1]["memory_peak_bytes"], ",.0f", MEBI),
+        Column("added MiB", lambda item: item[1]["memory_added_bytes"], ",.0f", MEBI),
+    )
+    return Table.of("An optimiser step with and without compression", columns, variants)
 
 
 def training_markdown(report: dict[str, Any]) -> str:
     """The table and a line about how it was measured."""
-    columns, rows = training_rows(report)
     settings = next(iter(report["variants"].values()))
     chosen = settings["settings"]
-    table = TableData("An optimiser step with and without compression", columns, rows)
     told = (
         f"{report['model']}, {chosen['batch']} samples a step, {chosen['dtype']}, {chosen['steps']} steps on "
         f"{settings['device']} with {settings['threads']} threads, torch {report['versions']['torch']}. Random "
         f"weights, encoder frozen, AdamW; memory is {settings['memory_kind']}, added is what steps took beyond "
         "weights and batch."
     )
-    return f"{table.markdown()}\n\n{told}\n"
-
-
-def write_training_report(report: dict[str, Any], json_file: Path | None, markdown_file: Path | None) -> None:
-    """Write what was asked for; each file appears whole or not at all."""
-    if json_file is not None:
-        write_whole(json_file, json.dumps(report, indent=2) + "\n")
-    if markdown_file is not None:
-        write_whole(markdown_file, training_markdown(report))
+    return f"{training_table(report)}\n\n{told}\n"
 
 
 def _main(given: str, made: str) -> None:

@@ -26,28 +26,13 @@ from flashsloth.reports.process_memory import peak_resident_bytes
 from .arithmetic import prefill_flops
 from .machine import LARGEST_OTHER_LOAD, READ_BYTES, Reading, ReadingRate, other_load, read_load
 from .memory import cache_bytes
-from .models import BenchModel, model_named
 from .results import Measurement, Roofline, Settings, Stage
 from .stages import Stages, build_filled
-from .stock import STOCK
+from .stock import entry_of
 
 # a machine that is never quiet is reported, not waited for
 MOST_DISCARDED = 3
 READ_RATE = "read_rate"
-
-
-def entry_of(settings: Settings) -> BenchModel:
-    """What is measured.
-
-    Raises:
-        ValueError: there is no such model, or no stock assembly of it.
-    """
-    entry = model_named(settings.model)
-    if settings.assembly == "own":
-        return entry
-    if settings.model not in STOCK:
-        raise ValueError(f"{settings.model} has no stock assembly; those that have one are {', '.join(STOCK)}")
-    return STOCK[settings.model]
 
 
 def held_bytes(modules: list[torch.nn.Module]) -> int:

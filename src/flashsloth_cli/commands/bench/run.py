@@ -59,11 +59,12 @@ def run(
     """
     from rich.console import Console
 
-    from flashsloth.bench.machine import DTYPES, cores
+    from flashsloth.bench.machine import cores
     from flashsloth.bench.measured import open_results, run_all, settings_of
-    from flashsloth.bench.measured_tables import failures, machine_line, measured_markdown, measured_tables
     from flashsloth.bench.results import Measurement
+    from flashsloth.bench.tables import failures, machine_line, measured_markdown, measured_tables
     from flashsloth.checkpoints.files import write_whole
+    from flashsloth.checkpoints.loading import DTYPES
     from flashsloth.kernels.quantization import SCHEMES
 
     from ...tables import print_table, table_console
@@ -116,8 +117,8 @@ def run(
         results = run_all(
             wanted, open_results(output, device, threads), output, repetitions, warm_up, allow_load, report
         )
-    for data in measured_tables(results):
-        print_table(console, data.columns, data.rows, data.title)
+    for table in measured_tables(results):
+        print_table(console, table)
         console.print()
     console.print(machine_line(results), style="dim")
     write_whole(output.with_suffix(".md"), measured_markdown(results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -41,22 +42,25 @@ def tokens(
       flashsloth bench tokens --json tokens.json --markdown tokens.md
     """
     from rich.console import Console
-    from rich.table import Table
 
     from flashsloth.bench.models import MODELS
-    from flashsloth.bench.report import write_json, write_markdown
-    from flashsloth.bench.tables import notes, tables
+    from flashsloth.bench.results import versions
+    from flashsloth.bench.tables import token_markdown, token_notes, token_tables
     from flashsloth.bench.tokens import available_models, measure_all
+    from flashsloth.checkpoints.files import write_whole
+    from flashsloth.reports.table import Column, Table
 
     from ...tables import print_table, table_console
     from . import options
 
     console = table_console()
     if list_models:
-        table = Table("name", "model", "built", box=None, pad_edge=False)
-        for name, model in MODELS.items():
-            table.add_row(name, model.title, model.origin)
-        console.print(table)
+        columns = (
+            Column("name", lambda item: item[0]),
+            Column("model", lambda item: item[1].title),
+            Column("built", lambda item: item[1].origin),
+        )
+        print_table(console, Table.of("", columns, MODELS.items(), texts=3))
         return
     names = None if models is None else options.names(models)
     sizes_given = options.sizes(sizes, "--sizes")
@@ -67,14 +71,15 @@ def tokens(
     missing = [name for name in MODELS if names is None and name not in available_models()]
     if missing:
         Console(stderr=True).print(f"left out, needs a newer transformers: {', '.join(missing)}", style="dim")
-    found = tables(costs, text_tokens, dtype, batch)
-    for data in found:
-        print_table(console, data.columns, data.rows, data.title)
+    for table in token_tables(costs, text_tokens, dtype, batch):
+        print_table(console, table)
         console.print()
-    for line in notes(costs):
+    for line in token_notes(costs):
         console.print(line, style="dim")
     settings = {"sizes": sizes_given, "text_tokens": text_tokens, "dtype": dtype, "batch": batch}
     if json_file is not None:
-        write_json(json_file, costs, settings)
+        content = {"versions": versions(), "settings": settings, "models": [cost.to_dict() for cost in costs]}
+        write_whole(json_file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if markdown_file is not None:
-        write_markdown(markdown_file, costs, text_tokens, dtype, batch)
+        made_by = ", ".join(f"{name} {version}" for name, version in versions().items())
+        write_whole(markdown_file, f"<!-- {made_by} -->\n\n{token_markdown(costs, text_tokens, dtype, batch)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,8 @@ def train(
     """
     from rich.console import Console
 
-    from flashsloth.bench.training import TrainingSettings, measure_training, training_rows, write_training_report
+    from flashsloth.bench.training import TrainingSettings, measure_training, training_markdown, training_table
+    from flashsloth.checkpoints.files import write_whole
 
     from ...tables import print_table, table_console
 
@@ -47,6 +49,8 @@ def train(
     )  # fmt: skip
     with Console(stderr=True).status("measuring") as status:
         report = measure_training(settings, progress=lambda name: status.update(f"measuring {model}, {name}"))
-    columns, rows = training_rows(report)
-    print_table(table_console(), columns, rows)
-    write_training_report(report, json_file, markdown_file)
+    print_table(table_console(), training_table(report))
+    if json_file is not None:
+        write_whole(json_file, json.dumps(report, indent=2) + "\n")
+    if markdown_file is not None:
+        write_whole(markdown_file, training_markdown(report))
