@@ -293,7 +293,8 @@ def test_the_report_says_what_the_results_say(study, tmp_path):
     assert "| 56.0 ± 4.0 (52.0–60.0) |" in row and "| 4 + 2 | 1.000 | 3.000 | 5 s (0.50x) |" in row
     assert "| scenes/scene_count | 50.0 ± 10.0 | 62.0 ± 8.0 | 20.0 |" in page
     # differences 6, 7, 5 points: mean 6, deviation 1; t(0.975, 2) = 4.3027, so 6 -+ 4.3027 / sqrt(3)
-    assert "SAP is better: **holds**. Mean difference +6.00, +3.52 to +8.48: +6.00 (seed 0), +7.00 (seed 1)" in page
+    assert "| SAP is better | **holds** |  | +6.00 | +3.52 to +8.48 | +6.00 (seed 0), +7.00 (seed 1)" in page
+    assert "| SAP − average | all | holds | +6.00 | 1.00 | +3.52 to +8.48 |" in page
     saved = json.loads((study.output_dir / "mini.json").read_text())
     assert saved["claims"][0]["verdict"] == "holds"
     assert saved["variants"]["sap"]["exact_match"]["all"]["standard_deviation"] == pytest.approx(0.04)
@@ -307,7 +308,7 @@ def test_the_report_of_an_unfinished_study_says_what_is_missing(study):
         write_report(study, runs, "mini")
     fake_result(runs[1], 112, 5.0)  # SAP, seed 0
     page = write_report(study, runs, "mini").read_text()
-    assert "1 of 6 runs" in page and "SAP is better: not measured" in page
+    assert "1 of 6 runs" in page and "| SAP is better | not measured" in page
     assert "| SAP | 1 | 56.0 | 56.0 |" in page and "x)" not in page
 
 

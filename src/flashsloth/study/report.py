@@ -6,25 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import replace_file, write_whole
+from ..checkpoints.files import replace_file
 from ..evaluate.synthetic import ALL
+from ..reports.page import write_page
+from ..reports.table import GIGA, MEBI, NOTHING, Column, Table
 from .config import Claim, Study
 from .measure import FLOP_PARTS
 from .plan import Run, write_json
 from .plots import draw_costs, draw_tasks
-from .results import (
-    CONFIDENCE,
-    Difference,
-    Spread,
-    VariantResults,
-    collect,
-    decide,
-    majority,
-    task_names,
-)
+from .results import CONFIDENCE, Difference, Spread, VariantResults, collect, decide, majority, task_names
 
-_GIGA, _MEBI = 1e9, 2**20
-NOT_MEASURED = "–"
+TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
 def write_report(study: Study, runs: Sequence[Run], name: str, publish: Path | None = None) -> Path:
@@ -44,11 +36,27 @@ def write_report(study: Study, runs: Sequence[Run], name: str, publish: Path | N
     results = collect(study, runs)
     folder = study.output_dir
     costs, tasks = folder / f"{name}-costs.png", folder / f"{name}-tasks.png"
-    replace_file(costs, lambda path: draw_costs(results, study.reference, path))
-    replace_file(tasks, lambda path: draw_tasks(results, path))
-    page = folder / f"{name}.md"
-    text = render(study, results, len(runs), name, [costs.name, tasks.name])
-    write_whole(page, text)
+    draw_costs(results, study.reference, costs)
+    draw_tasks(results, tasks)
+    page, first = folder / f"{name}.md", _first_run(results)
+    write_page(
+        page,
+        TEMPLATE,
+        name=name,
+        finished=sum(len(variant.runs) for variant in results.values()),
+        planned=len(runs),
+        images=" + ".join(f"{count:,} ({stage})" for stage, count in first["images"].items()),
+        settings=study.evaluation,
+        run=first,
+        reference=study.variants[study.reference].label,
+        plots=[costs.name, tasks.name],
+        confidence=f"{CONFIDENCE:.0%}",
+        variants=_variant_table(study, results),
+        claims=_claim_table(study, results),
+        differences=_difference_table(study, results),
+        operations=_operations_table(results),
+        tasks=_task_table(results),
+    )
     write_json(folder / f"{name}.json", summary(study, results))
     if publish is not None:
         publish.mkdir(parents=True, exist_ok=True)
@@ -62,7 +70,7 @@ def summary(study: Study, results: dict[str, VariantResults]) -> dict[str, Any]:
     keys = [ALL, *study.evaluation.families, *task_names(results)]
     variants = {}
     for name, variant in results.items():
-        run = next(iter(variant.runs.values()))
+        run = _first_run({name: variant})
         variants[name] = {
             "label": variant.label,
             "visual_tokens": run["visual_tokens"],
@@ -84,171 +92,116 @@ def summary(study: Study, results: dict[str, VariantResults]) -> dict[str, Any]:
     return {"variants": variants, "claims": claims}
 
 
-def render(study: Study, results: dict[str, VariantResults], planned: int, name: str, plots: Sequence[str]) -> str:
-    """The page as Markdown."""
-    finished = sum(len(variant.runs) for variant in results.values())
-    run = next(iter(next(iter(results.values())).runs.values()))
-    settings = study.evaluation
-    images = " + ".join(f"{count:,} ({stage})" for stage, count in run["images"].items())
-    lines = [
-        f"# Study: {name}",
-        "",
-        f"{finished} of {planned} runs, each on {images} training images, the same for all variants of a seed; scored "
-        f"on {settings.count:,} held-out images ({', '.join(settings.families)}) with up to {settings.turns} "
-        f"questions each, the same for all runs. Trained on {run['device']}, {run['precision']}; torch "
-        f"{run['software']['torch']}, transformers {run['software']['transformers']}.",
-        "",
-        "## Exact match and cost",
-        "",
-        "Exact match in %: mean ± standard deviation over seeds (lowest to highest). Visual tokens are those of an "
-        "image; behind the plus sign the query tokens of a question. GFLOPs: reading one question about one image, "
-        "and one training step of the last stage, per image. Time "
-        f"({run['training']['clock']} of the training loop) and memory (what training adds to the process with its "
-        "loaded model) are means; in brackets the ratio to the variant "
-        f"“{study.variants[study.reference].label}”.",
-        "",
-        *_main_table(study, results),
-        "",
-        f"![Exact match against visual tokens, operations and training time]({plots[0]})",
-        "",
-        "## Claims",
-        "",
-        *_claims(study, results),
-        "",
-        "## Where the operations are",
-        "",
-        "GFLOPs for one image, last stage.",
-        "",
-        *_flops_table(results),
-        "",
-        "## Every task",
-        "",
-        "Exact match in %, mean ± standard deviation over seeds.",
-        "",
-        *_task_table(results),
-        "",
-        f"![Exact match of every task]({plots[1]})",
-        "",
-    ]
-    return "\n".join(lines)
+def _first_run(results: dict[str, VariantResults]) -> dict[str, Any]:
+    return next(run for variant in results.values() for run in variant.runs.values())
 
 
-def _main_table(study: Study, results: dict[str, VariantResults]) -> list[str]:
-    families = study.evaluation.families
-    rows = []
+def _variant_table(study: Study, results: dict[str, VariantResults]) -> Table:
+    keys = (ALL, *study.evaluation.families)
     reference = results.get(study.reference)
-    for variant in results.values():
-        run = next(iter(variant.runs.values()))
-        queries = f" + {run['query_tokens']}" if run["query_tokens"] else ""
-        rows.append(
-            [
-                variant.label,
-                str(len(variant.runs)),
-                *(percent(variant.accuracy(key), with_range=True) for key in (ALL, *families)),
-                f"{run['visual_tokens']}{queries}",
-                f"{run['flops']['prefill']['total'] / _GIGA:.3f}",
-                f"{run['flops']['training_step'] / _GIGA:.3f}",
-                _with_ratio(variant, reference, ("training", "seconds"), 1, "s"),
-                _with_ratio(variant, reference, ("training", "added_bytes"), _MEBI, "MiB"),
-            ]
-        )
-    chance = [f"{100 * majority(results, key):.1f}" for key in (ALL, *families)]
-    rows.append(["most frequent answer", "", *chance, *[""] * 5])
-    heads = [
-        "variant",
-        "seeds",
-        ALL,
-        *families,
-        "visual tokens",
-        "prefill",
-        "training step",
-        "training time",
-        "memory",
-    ]
-    return table(heads, rows)
+
+    def run(variant: VariantResults) -> dict[str, Any]:
+        return _first_run({variant.name: variant})
+
+    def tokens(variant: VariantResults) -> str:
+        queries = run(variant)["query_tokens"]
+        return f"{run(variant)['visual_tokens']}{f' + {queries}' if queries else ''}"
+
+    columns = (
+        Column("variant", lambda variant: variant.label),
+        Column("seeds", lambda variant: len(variant.runs)),
+        *(Column(key, partial(VariantResults.accuracy, key=key), partial(percent, with_range=True)) for key in keys),
+        Column("visual tokens", tokens),
+        Column("prefill", lambda variant: run(variant)["flops"]["prefill"]["total"], ".3f", GIGA),
+        Column("training step", lambda variant: run(variant)["flops"]["training_step"], ".3f", GIGA),
+        Column("training time", partial(_with_ratio, reference, "seconds", 1, "s")),
+        Column("memory", partial(_with_ratio, reference, "added_bytes", MEBI, "MiB")),
+    )
+    table = Table.of("", columns, results.values())
+    chance = (f"{100 * majority(results, key):.1f}" for key in keys)
+    table.rows.append(("most frequent answer", "", *chance, *[""] * 5))
+    return table
 
 
-def _with_ratio(
-    variant: VariantResults, reference: VariantResults | None, path: tuple[str, str], unit: float, name: str
-) -> str:
-    value = variant.measured(*path).mean
-    text = f"{value / unit:,.0f} {name}"
-    base = 0.0 if reference is None else reference.measured(*path).mean
-    return f"{text} ({value / base:.2f}x)" if base else text
+def _with_ratio(reference: VariantResults | None, what: str, unit: float, name: str, variant: VariantResults) -> str:
+    value = variant.measured("training", what).mean
+    base = 0.0 if reference is None else reference.measured("training", what).mean
+    return f"{value / unit:,.0f} {name}{f' ({value / base:.2f}x)' if base else ''}"
 
 
-def _claims(study: Study, results: dict[str, VariantResults]) -> list[str]:
-    if not study.claims:
-        return ["The study states none."]
-    lines = [
-        f"Differences in exact match (points), paired by seed, with the {CONFIDENCE:.0%} interval of a paired t test. "
-        "A claim holds when its whole interval is above zero (or above minus the margin it states), does not hold "
-        "when the whole interval is below, and is otherwise not resolved by these seeds.",
-        "",
-    ]
+def _claim_table(study: Study, results: dict[str, VariantResults]) -> Table:
+    def by_seed(found: Difference) -> str:
+        return ", ".join(f"{_points(value)} (seed {seed})" for seed, value in found.spread.by_seed.items())
+
     rows = []
     for claim in study.claims:
         found = decide(claim, results)
-        lines.append(f"- {_sentence(study, claim, found)}")
-        for key in (ALL, *study.evaluation.families):
-            found = decide(claim, results, key)
-            if found is not None:
-                rows.append(
-                    [
-                        f"{study.variants[claim.variant].label} − {study.variants[claim.reference].label}",
-                        key,
-                        _points(found.spread.mean),
-                        NOT_MEASURED if found.spread.deviation is None else f"{100 * found.spread.deviation:.2f}",
-                        _interval(found),
-                        found.verdict(claim.margin),
-                    ]
-                )
-    return [*lines, "", *table(["difference", "questions", "mean", "standard deviation", "interval", "claim"], rows)]
+        margin = f"{100 * claim.margin:g}" if claim.margin else ""
+        told = ("not measured; a variant has no finished run", *[NOTHING] * 3)
+        if found is not None:
+            told = (f"**{found.verdict(claim.margin)}**", _points(found.spread.mean), _interval(found), by_seed(found))
+        rows.append((claim.text, told[0], margin, *told[1:]))
+    return Table("", ("claim", "verdict", "margin", "mean", "interval", "by seed"), rows, texts=2)
 
 
-def _sentence(study: Study, claim: Claim, found: Difference | None) -> str:
-    margin = f" (margin {100 * claim.margin:g} points)" if claim.margin else ""
-    text = f"{claim.text}{margin}:"
-    if found is None:
-        return f"{text} not measured; a variant has no finished run."
-    by_seed = ", ".join(f"{_points(value)} (seed {seed})" for seed, value in found.spread.by_seed.items())
-    verdict = found.verdict(claim.margin)
-    return f"{text} **{verdict}**. Mean difference {_points(found.spread.mean)}, {_interval(found)}: {by_seed}."
+def _difference_table(study: Study, results: dict[str, VariantResults]) -> Table:
+    found: list[tuple[Claim, str, Difference]] = [
+        (claim, key, difference)
+        for claim in study.claims
+        for key in (ALL, *study.evaluation.families)
+        if (difference := decide(claim, results, key)) is not None
+    ]
+
+    def names(item: tuple[Claim, str, Difference]) -> str:
+        return f"{study.variants[item[0].variant].label} − {study.variants[item[0].reference].label}"
+
+    columns = (
+        Column("difference", names),
+        Column("questions", lambda item: item[1]),
+        Column("claim", lambda item: item[2].verdict(item[0].margin)),
+        Column("mean", lambda item: item[2].spread.mean, _points),
+        Column("standard deviation", lambda item: item[2].spread.deviation, lambda share: f"{100 * share:.2f}"),
+        Column("interval", lambda item: _interval(item[2])),
+    )
+    return Table.of("", columns, found, texts=3)
 
 
-def _flops_table(results: dict[str, VariantResults]) -> list[str]:
-    rows = []
-    for variant in results.values():
-        flops = next(iter(variant.runs.values()))["flops"]
-        for label, key in (("prefill", "prefill"), ("training step, forward", "training_forward")):
-            counts = [f"{flops[key][part] / _GIGA:.4f}" for part in (*FLOP_PARTS, "total")]
-            rows.append([variant.label, label, *counts])
-    return table(["variant", "pass", *(part.replace("_", " ") for part in FLOP_PARTS), "total"], rows)
+def _operations_table(results: dict[str, VariantResults]) -> Table:
+    passes = {"prefill": "prefill", "training step, forward": "training_forward"}
+    columns = (
+        Column("variant", lambda item: item[0]),
+        Column("pass", lambda item: item[1]),
+        *(
+            Column(part.replace("_", " "), lambda item, part=part: item[2][part], ".4f", GIGA)
+            for part in (*FLOP_PARTS, "total")
+        ),
+    )
+    items = [
+        (variant.label, label, _first_run({variant.name: variant})["flops"][key])
+        for variant in results.values()
+        for label, key in passes.items()
+    ]
+    return Table.of("", columns, items, texts=2)
 
 
-def _task_table(results: dict[str, VariantResults]) -> list[str]:
-    rows = []
-    for task in task_names(results):
-        cells = [percent(variant.accuracy(task)) for variant in results.values()]
-        rows.append([task, *cells, f"{100 * majority(results, task):.1f}"])
-    return table(["task", *(variant.label for variant in results.values()), "most frequent answer"], rows)
+def _task_table(results: dict[str, VariantResults]) -> Table:
+    columns = (
+        Column("task", str),
+        *(Column(variant.label, variant.accuracy, percent) for variant in results.values()),
+        Column("most frequent answer", lambda task: 100 * majority(results, task), ".1f"),
+    )
+    return Table.of("", columns, task_names(results))
 
 
 def percent(spread: Spread, with_range: bool = False) -> str:
     """A share as `12.3 ± 0.4`, with `(11.9–12.7)` behind it on demand."""
     if not spread.by_seed:
-        return NOT_MEASURED
+        return NOTHING
     text = f"{100 * spread.mean:.1f}"
     if spread.deviation is None:
         return text
     text += f" ± {100 * spread.deviation:.1f}"
     return f"{text} ({100 * spread.low:.1f}–{100 * spread.high:.1f})" if with_range else text
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def _points(share: float) -> str:
