@@ -111,13 +111,13 @@ def test_model(name: str) -> None:
     cost = default_cost(name)
     assert cost.total_parameters == parameters
     assert cost.published_parameters in (None, parameters)
-    assert [image.visual_tokens for image in cost.images] == four(tokens)
-    assert [image.patches for image in cost.images] == four(patches)
-    measured = [image.flops.to_first_token / 1e12 for image in cost.images]
+    assert [image.one.image.tokens for image in cost.images] == four(tokens)
+    assert [image.one.image.patches for image in cost.images] == four(patches)
+    measured = [image.one.first_token_flops / 1e12 for image in cost.images]
     assert measured == pytest.approx(four(teraflops), abs=ROUNDING_OF_SUM)
-    middle = cost.images[1].flops
-    assert (middle.vision + middle.compressor) / 1e12 == pytest.approx(vision, abs=ROUNDING)
-    assert middle.prefill / 1e12 == pytest.approx(language, abs=ROUNDING)
+    middle = cost.images[1].one.flops
+    assert (middle["encode"] + middle["compress"]) / 1e12 == pytest.approx(vision, abs=ROUNDING)
+    assert middle["prefill"] / 1e12 == pytest.approx(language, abs=ROUNDING)
     assert cost.cache_bytes_per_token == cache * 1024
 
 
@@ -132,7 +132,7 @@ def test_parts_of_flashsloth() -> None:
     assert cost.parameters["embedded_query"] == queries + down + attentions + 3 * 2 * inner + (size + 1) * width
     assert cost.parameters["head"] == (width + 1) * 51200
     (image,) = cost.images
-    assert image.prompt_tokens == 81 + 9 + 64
+    assert image.one.prompt_tokens == 81 + 9 + 64
     assert image.memory.cache == 154 * 320 * 1024
     assert image.memory.weights == 2 * cost.total_parameters
     # of the language model the embeddings and the final norm are not read for one more token
@@ -143,7 +143,8 @@ def test_parts_of_flashsloth() -> None:
 def test_batch_and_dtype_change_memory_only() -> None:
     one = measure("flashsloth", [(384, 384)], 64, "bfloat16")
     many = measure("flashsloth", [(384, 384)], 64, "float32", batch=3)
-    assert many.images[0].flops == one.images[0].flops
+    assert many.images[0].one.flops == one.images[0].one.flops
+    assert many.images[0].one.decode_flops == one.images[0].one.decode_flops
     assert many.images[0].memory.weights == 2 * one.images[0].memory.weights
     assert many.images[0].memory.cache == 6 * one.images[0].memory.cache
     assert many.images[0].memory.activations == 6 * one.images[0].memory.activations
@@ -162,8 +163,8 @@ def test_batch_and_dtype_change_memory_only() -> None:
 def test_saving_of_flashsloth_in_percent(name: str, tokens: list[int], flops: list[int]) -> None:
     ours, theirs = (default_cost(model).images for model in ("flashsloth", name))
     pairs = list(zip(ours, theirs, strict=True))
-    assert [round(100 - 100 * a.visual_tokens / b.visual_tokens) for a, b in pairs] == four(tokens)
-    assert [round(100 - 100 * a.flops.to_first_token / b.flops.to_first_token) for a, b in pairs] == four(flops)
+    assert [round(100 - 100 * a.one.image.tokens / b.one.image.tokens) for a, b in pairs] == four(tokens)
+    assert [round(100 - 100 * a.one.first_token_flops / b.one.first_token_flops) for a, b in pairs] == four(flops)
 
 
 def test_building_takes_no_memory() -> None:

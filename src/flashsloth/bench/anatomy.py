@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -107,10 +108,24 @@ def _per_token(modules: nn.Module | Sequence[nn.Module]) -> Callable[[VisualInpu
     return lambda image, prompt: matrix_flops(modules, image.tokens)
 
 
+def _anatomy(
+    encoder: _Transformer,
+    vision: nn.Module,
+    connector: Sequence[nn.Module],
+    language_model: nn.Module,
+    head: nn.Module,
+    **others: Any,
+) -> Anatomy:
+    """Parts of a model with a plain encoder and a connector that runs at every visual token, but for the others."""
+    usual = {
+        "vision_flops": encoder.flops, "connector_flops": _per_token(connector), "vision_elements": encoder.elements
+    }  # fmt: skip
+    return Anatomy(connector, vision, language_model, head, **{**usual, **others})
+
+
 def flashsloth(model: nn.Module) -> Anatomy:
     """FlashSloth with any compressor, with or without embedded queries."""
     base, config = model.model, model.config
-    encoder = siglip_transformer(base.vision_tower)
     size, queries = config.vision_config.hidden_size, config.num_query_tokens
 
     def connector_flops(image: VisualInput, prompt: int) -> int:
@@ -123,14 +138,13 @@ def flashsloth(model: nn.Module) -> Anatomy:
             flops += embedded_query_flops(base.embedded_query, queries, prompt, image.patches)
         return flops
 
-    return Anatomy(
-        connector=[base.compressor, base.projector],
-        vision=base.vision_tower,
-        language_model=base.language_model,
-        head=model.lm_head,
-        vision_flops=encoder.flops,
+    return _anatomy(
+        siglip_transformer(base.vision_tower),
+        base.vision_tower,
+        [base.compressor, base.projector],
+        base.language_model,
+        model.lm_head,
         connector_flops=connector_flops,
-        vision_elements=encoder.elements,
         embedded_query=[] if base.embedded_query is None else [base.query_tokens, base.embedded_query],
         kept_elements=lambda image: image.patches * size if queries else 0,
         query_tokens=queries,
@@ -141,15 +155,7 @@ def qwen2_vl(model: nn.Module) -> Anatomy:
     """Qwen2-VL: every patch attends to the whole image."""
     visual = model.model.visual
     encoder = _Transformer(visual.patch_embed, visual.blocks, visual.config.embed_dim)
-    return Anatomy(
-        connector=[visual.merger],
-        vision=visual,
-        language_model=model.model.language_model,
-        head=model.lm_head,
-        vision_flops=encoder.flops,
-        connector_flops=_per_token(visual.merger),
-        vision_elements=encoder.elements,
-    )
+    return _anatomy(encoder, visual, [visual.merger], model.model.language_model, model.lm_head)
 
 
 def qwen2_5_vl(model: nn.Module) -> Anatomy:
@@ -168,14 +174,8 @@ def qwen2_5_vl(model: nn.Module) -> Anatomy:
             + encoder_flops(windowed, windows, config.hidden_size)
         )
 
-    return Anatomy(
-        connector=[visual.merger],
-        vision=visual,
-        language_model=model.model.language_model,
-        head=model.lm_head,
-        vision_flops=vision_flops,
-        connector_flops=_per_token(visual.merger),
-        vision_elements=encoder.elements,
+    return _anatomy(
+        encoder, visual, [visual.merger], model.model.language_model, model.lm_head, vision_flops=vision_flops
     )
 
 
@@ -184,64 +184,33 @@ def qwen3_vl(model: nn.Module) -> Anatomy:
     visual = model.model.visual
     encoder = _Transformer(visual.patch_embed, visual.blocks, visual.config.hidden_size)
     mergers = [visual.merger, visual.deepstack_merger_list]
-    return Anatomy(
-        connector=mergers,
-        vision=visual,
-        language_model=model.model.language_model,
-        head=model.lm_head,
-        vision_flops=encoder.flops,
-        connector_flops=_per_token(mergers),
-        vision_elements=encoder.elements,
-    )
+    return _anatomy(encoder, visual, mergers, model.model.language_model, model.lm_head)
 
 
 def internvl(model: nn.Module) -> Anatomy:
     """InternVL: a class token in every tile."""
-    tower = model.model.vision_tower
+    base, tower = model.model, model.model.vision_tower
     embeddings, layers = tower.embeddings.patch_embeddings, tower.encoder.layer
     encoder = _Transformer(embeddings, layers, tower.config.hidden_size, class_tokens=1)
-    projector = model.model.multi_modal_projector
-    return Anatomy(
-        connector=[projector],
-        vision=tower,
-        language_model=model.model.language_model,
-        head=model.lm_head,
-        vision_flops=encoder.flops,
-        connector_flops=_per_token(projector),
-        vision_elements=encoder.elements,
-    )
+    return _anatomy(encoder, tower, [base.multi_modal_projector], base.language_model, model.lm_head)
 
 
 def smolvlm(model: nn.Module) -> Anatomy:
     """SmolVLM."""
     base = model.model
     encoder = siglip_transformer(base.vision_model)
-    return Anatomy(
-        connector=[base.connector],
-        vision=base.vision_model,
-        language_model=base.text_model,
-        head=model.lm_head,
-        vision_flops=encoder.flops,
-        connector_flops=_per_token(base.connector),
-        vision_elements=encoder.elements,
-    )
+    return _anatomy(encoder, base.vision_model, [base.connector], base.text_model, model.lm_head)
 
 
 def siglip_and_projector(model: nn.Module) -> Anatomy:
     """PaliGemma, LFM2-VL and Gemma 3: a SigLIP tower and a projector of linear layers."""
-    base = model.model
-    encoder, projector = siglip_transformer(base.vision_tower), base.multi_modal_projector
+    base, projector = model.model, model.model.multi_modal_projector
     # Gemma 3 keeps the matrix of its projector as a bare parameter
     bare = sum(p.numel() for p in projector.parameters(recurse=False) if p.ndim == 2)
-    return Anatomy(
-        connector=[projector],
-        vision=base.vision_tower,
-        language_model=base.language_model,
-        head=model.lm_head,
-        vision_flops=encoder.flops,
+    return _anatomy(
+        siglip_transformer(base.vision_tower), base.vision_tower, [projector], base.language_model, model.lm_head,
         connector_flops=lambda image, prompt: matrix_flops(projector, image.tokens) + 2 * bare * image.tokens,
-        vision_elements=encoder.elements,
-    )
+    )  # fmt: skip
 
 
 def minicpm_v_4_6(model: nn.Module) -> Anatomy:
@@ -261,31 +230,14 @@ def minicpm_v_4_6(model: nn.Module) -> Anatomy:
         flops += windows * attention_flops(window, window, config.hidden_size)
         return flops + matrix_flops([merger.linear_1, merger.linear_2], windows)
 
-    return Anatomy(
-        connector=[base.merger],
-        vision=tower,
-        language_model=base.language_model,
-        head=model.lm_head,
-        vision_flops=vision_flops,
-        connector_flops=_per_token(base.merger),
-        vision_elements=early.elements,
-    )
+    return _anatomy(early, tower, [base.merger], base.language_model, model.lm_head, vision_flops=vision_flops)
 
 
-def assembly(
-    model: nn.Module,
-    encoder: _Transformer,
-    connector_flops: Callable[[VisualInput, int], int],
-) -> Anatomy:
+def assembly(model: nn.Module, encoder: _Transformer, **others: Any) -> Anatomy:
     """A vision tower, a connector and a causal language model side by side, as `rebuilt.Assembly`."""
-    return Anatomy(
-        connector=[model.connector],
-        vision=model.vision_tower,
-        language_model=model.language_model.base_model,
-        head=model.language_model.get_output_embeddings(),
-        vision_flops=encoder.flops,
-        connector_flops=connector_flops,
-        vision_elements=encoder.elements,
+    text = model.language_model
+    return _anatomy(
+        encoder, model.vision_tower, [model.connector], text.base_model, text.get_output_embeddings(), **others
     )
 
 
@@ -298,7 +250,7 @@ def mobilevlm_v2(model: Assembly) -> Anatomy:
     def connector_flops(image: VisualInput, prompt: int) -> int:
         return matrix_flops(connector.mlp, image.patches) + matrix_flops(connector.position, image.tokens)
 
-    return assembly(model, encoder, connector_flops)
+    return assembly(model, encoder, connector_flops=connector_flops)
 
 
 def minicpm_v_2(model: Assembly) -> Anatomy:
@@ -312,12 +264,12 @@ def minicpm_v_2(model: Assembly) -> Anatomy:
         flops += 2 * connector.projection.numel() * image.tokens
         return flops + sum(attention_flops(queries, patches, width) for patches in image.patches_of_views)
 
-    return assembly(model, siglip_transformer(model.vision_tower), connector_flops)
+    return assembly(model, siglip_transformer(model.vision_tower), connector_flops=connector_flops)
 
 
 def moondream2(model: Assembly) -> Anatomy:
     """Moondream 2."""
-    return assembly(model, siglip_transformer(model.vision_tower), _per_token(model.connector))
+    return assembly(model, siglip_transformer(model.vision_tower))
 
 
 def fastvlm(model: Assembly) -> Anatomy:

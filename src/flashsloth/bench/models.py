@@ -140,10 +140,6 @@ SMOLLM2_360M = {"model_type": "llama", **_decoder(960, 2560, 32, 15, 5, 49152, t
 QWEN2_15B = _decoder(1536, 8960, 28, 12, 2, 151936, tied=True)
 
 
-def _flashsloth(**values: Any) -> Callable[[], nn.Module]:
-    return lambda: FlashSlothForConditionalGeneration(FlashSlothConfig(**values))
-
-
 def _internvl(text_type: str, text: dict[str, Any]) -> Callable[[], nn.Module]:
     vision = {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -241,38 +237,39 @@ _QWEN2_RULE = native_resolution(patch=14, merge=2, min_pixels=56 * 56, max_pixel
 _INTERNVL_RULE = tiles_of_nearest_ratio(tile_grid=32, tokens_per_tile=256, tile=448, max_tiles=12)
 _FLASHSLOTH_RULE = fixed(_SIGLIP_384, 81)
 
+
+def _own(title: str, notes: str, rule: TokenRule = _FLASHSLOTH_RULE, **values: Any) -> BenchModel:
+    return BenchModel(
+        title, "own", lambda: FlashSlothForConditionalGeneration(FlashSlothConfig(**values)), anatomy.flashsloth, rule,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _other_decoder(title: str, text_config: dict[str, Any]) -> BenchModel:
+    notes = f"No such weights exist; {title}'s sizes in Phi-2's place."
+    return _own(f"FlashSloth, {title}", notes, text_config=text_config)
+
+
 MODELS: dict[str, BenchModel] = {
-    "flashsloth": BenchModel(
-        "FlashSloth", "own", _flashsloth(), anatomy.flashsloth, _FLASHSLOTH_RULE,
-        notes="SigLIP so400m/14 at 384 px, 26 layers; Phi-2; 9 query tokens join the prompt.",
+    "flashsloth": _own(
+        "FlashSloth", "SigLIP so400m/14 at 384 px, 26 layers; Phi-2; 9 query tokens join the prompt.",
     ),
-    "flashsloth-hd": BenchModel(
-        "FlashSloth-HD", "own", _flashsloth(view_grid=_HD_GRID), anatomy.flashsloth, fixed(_SIGLIP_384, 81, views=5),
-        notes="As FlashSloth, five views of every image.",
+    "flashsloth-hd": _own(
+        "FlashSloth-HD", "As FlashSloth, five views of every image.", fixed(_SIGLIP_384, 81, views=5),
+        view_grid=_HD_GRID,
     ),
-    "siglip-phi2-729": BenchModel(
-        "SigLIP + Phi-2, 729 tokens", "own", _flashsloth(compressor="none", num_query_tokens=0), anatomy.flashsloth,
-        fixed(_SIGLIP_384, 729),
-        notes="FlashSloth's parts without compression and queries; the shape of Imp-v1-3B.",
+    "siglip-phi2-729": _own(
+        "SigLIP + Phi-2, 729 tokens",
+        "FlashSloth's parts without compression and queries; the shape of Imp-v1-3B.",
+        fixed(_SIGLIP_384, 729), compressor="none", num_query_tokens=0,
     ),
-    "siglip-phi2-average": BenchModel(
-        "SigLIP + Phi-2, average", "own", _flashsloth(compressor="average", num_query_tokens=0), anatomy.flashsloth,
-        _FLASHSLOTH_RULE,
-        notes="FlashSloth's parts with a 3 x 3 average, without queries.",
+    "siglip-phi2-average": _own(
+        "SigLIP + Phi-2, average", "FlashSloth's parts with a 3 x 3 average, without queries.",
+        compressor="average", num_query_tokens=0,
     ),
-    "flashsloth-qwen3-0.6b": BenchModel(
-        "FlashSloth, Qwen3-0.6B", "own", _flashsloth(text_config=QWEN3_06B), anatomy.flashsloth, _FLASHSLOTH_RULE,
-        notes="No such weights exist; Qwen3-0.6B's sizes in Phi-2's place.",
-    ),
-    "flashsloth-qwen3-1.7b": BenchModel(
-        "FlashSloth, Qwen3-1.7B", "own", _flashsloth(text_config=QWEN3_17B), anatomy.flashsloth, _FLASHSLOTH_RULE,
-        notes="No such weights exist; Qwen3-1.7B's sizes in Phi-2's place.",
-    ),
-    "flashsloth-smollm2-360m": BenchModel(
-        "FlashSloth, SmolLM2-360M", "own", _flashsloth(text_config=SMOLLM2_360M), anatomy.flashsloth,
-        _FLASHSLOTH_RULE,
-        notes="No such weights exist; SmolLM2-360M's sizes in Phi-2's place.",
-    ),
+    "flashsloth-qwen3-0.6b": _other_decoder("Qwen3-0.6B", QWEN3_06B),
+    "flashsloth-qwen3-1.7b": _other_decoder("Qwen3-1.7B", QWEN3_17B),
+    "flashsloth-smollm2-360m": _other_decoder("SmolLM2-360M", SMOLLM2_360M),
     "qwen2-vl-2b": BenchModel(
         "Qwen2-VL-2B", "native",
         Native(

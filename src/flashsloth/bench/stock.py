@@ -61,7 +61,7 @@ def _dissect(model: StockFlashSloth) -> anatomy.Anatomy:
     return anatomy.assembly(
         model,
         anatomy.siglip_transformer(model.vision_tower),
-        lambda image, prompt: (
+        connector_flops=lambda image, prompt: (
             matrix_flops(model.connector.score, image.patches) + matrix_flops(model.connector.projector, image.tokens)
         ),
     )

@@ -49,19 +49,19 @@ def token_tables(costs: Sequence[ModelCost], text_tokens: int, dtype: str, batch
     found = [Table.of(f"Parameters, and the cost of one more token in {dtype}", _MODEL_COLUMNS, costs)]
     prompts = "" if batch == 1 else f", batch of {batch}"
     for index, first in enumerate(costs[0].images):
-        base = next((cost.images[index].flops.to_first_token for cost in costs if cost.name == BASELINE), None)
-        ratio = Column("/ FlashSloth", lambda pair: pair[1].flops.to_first_token, ".2f", base)
+        base = next((cost.images[index].one.first_token_flops for cost in costs if cost.name == BASELINE), None)
+        ratio = Column("/ FlashSloth", lambda pair: pair[1].one.first_token_flops, ".2f", base)
         columns = (
             Column("model", lambda pair: pair[0].title),
-            Column("views", lambda pair: pair[1].views),
-            Column("patches", lambda pair: pair[1].patches),
-            Column("tokens", lambda pair: pair[1].visual_tokens),
-            Column("vision T", lambda pair: pair[1].flops.vision, ".2f", TERA),
-            Column("compressor T", lambda pair: pair[1].flops.compressor, ".2f", TERA),
-            Column("prefill T", lambda pair: pair[1].flops.prefill, ".2f", TERA),
-            Column("total TFLOP", lambda pair: pair[1].flops.to_first_token, ".2f", TERA),
+            Column("views", lambda pair: pair[1].one.image.views),
+            Column("patches", lambda pair: pair[1].one.image.patches),
+            Column("tokens", lambda pair: pair[1].one.image.tokens),
+            Column("vision T", lambda pair: pair[1].one.flops["encode"], ".2f", TERA),
+            Column("compressor T", lambda pair: pair[1].one.flops["compress"], ".2f", TERA),
+            Column("prefill T", lambda pair: pair[1].one.flops["prefill"], ".2f", TERA),
+            Column("total TFLOP", lambda pair: pair[1].one.first_token_flops, ".2f", TERA),
             *([] if base is None else [ratio]),
-            Column("decode G", lambda pair: pair[1].flops.decode_token, ".2f", GIGA),
+            Column("decode G", lambda pair: pair[1].one.decode_flops, ".2f", GIGA),
             Column("weights GB", lambda pair: pair[1].memory.weights, ".2f", GIGA),
             Column("KV MiB", lambda pair: pair[1].memory.cache, ",.0f", MEBI),
             Column("activations MiB", lambda pair: pair[1].memory.activations, ",.0f", MEBI),

@@ -8,7 +8,7 @@ from typing import Any
 
 from flashsloth.checkpoints.loading import DTYPES
 
-from .counted import Memory, count, dissect
+from .counted import Counted, Memory, count, dissect
 from .memory import cache_bytes_per_token
 from .models import MODELS, Origin, model_named
 from .results import Settings
@@ -17,49 +17,35 @@ DEFAULT_SIZES = ((384, 384), (768, 768), (1024, 768), (1344, 1344))
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of one image and its prompt; a multiply-add is two.
-
-    Attributes:
-        vision: the encoder.
-        compressor: from encoder features to visual tokens, and the embedded query module.
-        prefill: the language model over the prompt, its head at the last position only.
-        decode_token: the first token after the prompt.
-    """
-
-    vision: int
-    compressor: int
-    prefill: int
-    decode_token: int
-
-    @property
-    def to_first_token(self) -> int:
-        """All that happens before the first token of the answer is known."""
-        return self.vision + self.compressor + self.prefill
-
-
-@dataclass(frozen=True)
 class ImageCost:
     """What an image of a size costs.
 
     Attributes:
         width, height: of the image in pixels.
-        views: images the encoder sees.
-        patches: encoder patches of all views.
-        visual_tokens: tokens the language model reads for the image.
-        prompt_tokens: visual tokens, text tokens, and the model's own query tokens.
-        flops: of one image.
+        one: operations and tokens of one prompt with one image; its answer is one token.
         memory: of the batch.
     """
 
     width: int
     height: int
-    views: int
-    patches: int
-    visual_tokens: int
-    prompt_tokens: int
-    flops: Flops
+    one: Counted
     memory: Memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with totals, for JSON."""
+        flops = dict(zip(("vision", "compressor", "prefill"), self.one.flops.values(), strict=True))
+        return {
+            "width": self.width,
+            "height": self.height,
+            "views": self.one.image.views,
+            "patches": self.one.image.patches,
+            "visual_tokens": self.one.image.tokens,
+            "prompt_tokens": self.one.prompt_tokens,
+            "flops": {
+                **flops, "decode_token": self.one.decode_flops, "to_first_token": self.one.first_token_flops
+            },
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,11 +77,10 @@ class ModelCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with totals, for JSON."""
-        plain = {**asdict(self), "total_parameters": self.total_parameters}
-        for values, image in zip(plain["images"], self.images, strict=True):
-            values["flops"]["to_first_token"] = image.flops.to_first_token
-            values["memory"]["total"] = image.memory.total
-        return plain
+        plain = {name: value for name, value in vars(self).items() if name != "images"}
+        return {
+            **plain, "images": [image.to_dict() for image in self.images], "total_parameters": self.total_parameters
+        }  # fmt: skip
 
 
 def measure(name: str, sizes: Sequence[tuple[int, int]], text_tokens: int, dtype: str, batch: int = 1) -> ModelCost:
@@ -121,12 +106,7 @@ def measure(name: str, sizes: Sequence[tuple[int, int]], text_tokens: int, dtype
         one = Settings(name, width, height, text_tokens=text_tokens, output_tokens=1, dtype=dtype)
         single, many = count(one), count(replace(one, batch=batch))
         assert single is not None and many is not None, "model and dtype are known"
-        image, flops = single.image, Flops(*single.flops.values(), single.decode_flops)
-        images.append(
-            ImageCost(
-                width, height, image.views, image.patches, image.tokens, single.prompt_tokens, flops, many.memory
-            )
-        )
+        images.append(ImageCost(width, height, single, many.memory))
     return ModelCost(
         name=name,
         title=entry.title,

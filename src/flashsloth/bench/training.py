@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # comes with accelerate, which training needs
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -243,15 +244,8 @@ def _refuse_too_large(config: FlashSlothConfig, settings: TrainingSettings) -> N
     frozen = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters()) - frozen
     needed = trained * TRAINED_BYTES + frozen * FROZEN_BYTES
-    if uses_cpu():
-        info = Path("/proc/meminfo")
-        found = [line.split()[1] for line in info.read_text().splitlines() if line.startswith("MemAvailable")] if (
-            info.exists()
-        ) else []  # fmt: skip
-        available = int(found[0]) * 1024 if found else None
-    else:
-        available = torch.accelerator.get_memory_info()[0]
-    if available is not None and needed > available:
+    available = psutil.virtual_memory().available if uses_cpu() else torch.accelerator.get_memory_info()[0]
+    if needed > available:
         raise ValueError(
             f"{settings.model} needs {needed / 1e9:.1f} GB for float32 weights, gradients and AdamW's state alone, "
             f"{available / 1e9:.1f} GB are free here; choose a smaller model"
