@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,7 @@ def _variant_table(study: Study, results: dict[str, VariantResults]) -> Table:
     )
     table = Table.of("", columns, results.values())
     chance = (f"{100 * majority(results, key):.1f}" for key in keys)
-    table.rows.append(("most frequent answer", "", *chance, *[""] * 5))
-    return table
+    return replace(table, rows=[*table.rows, ("most frequent answer", "", *chance, *[""] * 5)])
 
 
 def _with_ratio(reference: VariantResults | None, what: str, unit: float, name: str, variant: VariantResults) -> str:
@@ -168,13 +168,14 @@ def _difference_table(study: Study, results: dict[str, VariantResults]) -> Table
 
 def _operations_table(results: dict[str, VariantResults]) -> Table:
     passes = {"prefill": "prefill", "training step, forward": "training_forward"}
+
+    def count(part: str, item: tuple[str, str, dict[str, float]]) -> float:
+        return item[2][part]
+
     columns = (
         Column("variant", lambda item: item[0]),
         Column("pass", lambda item: item[1]),
-        *(
-            Column(part.replace("_", " "), lambda item, part=part: item[2][part], ".4f", GIGA)
-            for part in (*FLOP_PARTS, "total")
-        ),
+        *(Column(part.replace("_", " "), partial(count, part), ".4f", GIGA) for part in (*FLOP_PARTS, "total")),
     )
     items = [
         (variant.label, label, _first_run({variant.name: variant})["flops"][key])
