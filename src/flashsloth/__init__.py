@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 AutoConfig.register(FlashSlothConfig.model_type, FlashSlothConfig)
 AutoModel.register(FlashSlothConfig, FlashSlothModel)
 AutoModelForImageTextToText.register(FlashSlothConfig, FlashSlothForConditionalGeneration)
+AutoModelForMultimodalLM.register(FlashSlothConfig, FlashSlothForConditionalGeneration)
 AutoProcessor.register(FlashSlothConfig, FlashSlothProcessor)
 AutoImageProcessor.register(FlashSlothConfig, image_processor_classes={"pil": FlashSlothImageProcessor})
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import GELUTanh, NewGELUActivation
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
 # name of the key-value cache in forward, outputs and `generate`: transformers 5.24 renamed it
 CACHE_ARGUMENT = next(
@@ -88,6 +88,15 @@ def encode_patches(tower: nn.Module, pixel_values_ICHW: Tensor, grid: tuple[int,
     Returns:
         features_IPE, row-major over the grid.
     """
+    return run_tower(tower, pixel_values_ICHW, grid).last_hidden_state
+
+
+def run_tower(tower: nn.Module, pixel_values_ICHW: Tensor, grid: tuple[int, int], **options: bool) -> BaseModelOutput:
+    """As `encode_patches`, with what `options` such as `output_hidden_states=True` ask for.
+
+    Returns:
+        features_IPE and hidden states without class and register tokens; attentions as the tower gives them.
+    """
     num_patches = grid[0] * grid[1]
     if tower.config.model_type in PATCH_INPUT_FAMILIES:
         patch = _pair(tower.config.patch_size)
@@ -97,11 +106,14 @@ def encode_patches(tower: nn.Module, pixel_values_ICHW: Tensor, grid: tuple[int,
         patches_IPF = columns_IFP.view(images, -1, patch[0] * patch[1], patches).permute(0, 3, 2, 1).flatten(2)
         shapes_I2 = torch.tensor([grid], device=pixel_values_ICHW.device).expand(images, 2)
         mask_IP = torch.ones(images, patches, dtype=torch.long, device=pixel_values_ICHW.device)
-        output = tower(pixel_values=patches_IPF, pixel_attention_mask=mask_IP, spatial_shapes=shapes_I2)
+        output = tower(pixel_values=patches_IPF, pixel_attention_mask=mask_IP, spatial_shapes=shapes_I2, **options)
     else:
-        output = tower(pixel_values=pixel_values_ICHW)
-    features_IPE = output.last_hidden_state
-    return features_IPE[:, features_IPE.shape[1] - num_patches :]
+        output = tower(pixel_values=pixel_values_ICHW, **options)
+    states = output.last_hidden_state, *(output.hidden_states or ())
+    features_IPE, *layers = (state_ITE[:, state_ITE.shape[1] - num_patches :] for state_ITE in states)
+    return BaseModelOutput(
+        last_hidden_state=features_IPE, hidden_states=tuple(layers) or None, attentions=output.attentions
+    )
 
 
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:

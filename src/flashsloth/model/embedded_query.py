@@ -5,15 +5,20 @@ Q queries of a group, I images of the batch, K images of a row, M un-pooled patc
 encoder, S inner width, H heads.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 INPUTS_KEYWORD = "embedded_query_inputs"
 
 
-class EmbeddedQueryInputs(NamedTuple):
+@dataclass(frozen=True)
+class EmbeddedQueryInputs:
     """What the module needs beside the hidden states; made once per forward pass.
 
     Attributes:
@@ -29,6 +34,65 @@ class EmbeddedQueryInputs(NamedTuple):
     image_mask_BGK: Tensor
     question_mask_BGT: Tensor
     query_index_BGQ: Tensor
+
+
+# exporters and tensor-parallel wrappers take arguments apart and put them together again
+torch.export.register_dataclass(EmbeddedQueryInputs)
+
+
+def embedded_query_inputs(
+    features_IPE: Tensor,
+    image_index_BK: Tensor,
+    image_positions_BK: Tensor,
+    query_positions_BG: Tensor,
+    question_ids_BT: Tensor | None,
+    num_queries: int,
+    tokens: int,
+    past_length: int | Tensor,
+) -> EmbeddedQueryInputs:
+    """Who sees what: a group sees its own question and the images before it in the row."""
+    device = query_positions_BG.device
+    present_BG = query_positions_BG >= past_length
+    image_mask_BGK = (image_positions_BK >= 0)[:, None, :] & present_BG[:, :, None]
+    image_mask_BGK = image_mask_BGK & (image_positions_BK[:, None, :] < query_positions_BG[:, :, None])
+    group_G = torch.arange(1, query_positions_BG.shape[1] + 1, device=device)
+    if question_ids_BT is None:
+        question_ids_BT = torch.zeros(query_positions_BG.shape[0], tokens, dtype=torch.long, device=device)
+    question_mask_BGT = question_ids_BT[:, None, -tokens:] == group_G[:, None]
+    first_BG1 = (query_positions_BG - past_length).clamp(min=0).unsqueeze(-1)
+    return EmbeddedQueryInputs(
+        features_IME=features_IPE,
+        image_index_BK=image_index_BK,
+        image_mask_BGK=image_mask_BGK,
+        question_mask_BGT=question_mask_BGT,
+        query_index_BGQ=first_BG1 + torch.arange(num_queries, device=device),
+    )
+
+
+def align_questions(
+    question_ids_BT: Tensor | None, tokens: int, given_BG: Tensor | None, found_BG: Tensor | None
+) -> Tensor | None:
+    """Question ids as long as the input, where tokens were put before the row after the processor has run.
+
+    Args:
+        given_BG, found_BG: positions of the query groups, as they came with the ids and as they are.
+
+    Raises:
+        ValueError: the ids are too short for another reason.
+    """
+    if question_ids_BT is None or question_ids_BT.shape[1] >= tokens:
+        return question_ids_BT
+    missing = tokens - question_ids_BT.shape[1]
+    if (
+        given_BG is None
+        or found_BG is None
+        or not torch.equal(found_BG, torch.where(given_BG < 0, -1, given_BG + missing))
+    ):
+        raise ValueError(
+            f"question_ids has {question_ids_BT.shape[1]} columns, but the input has {tokens} tokens; give one for "
+            "each token, 0 where it belongs to no question."
+        )
+    return functional.pad(question_ids_BT, (missing, 0))
 
 
 class QueryTokens(nn.Module):
@@ -153,3 +217,21 @@ class LayerInsertion:
             else:
                 kwargs["hidden_states"] = self.owner.embedded_query(kwargs["hidden_states"], inputs)
         return args, kwargs
+
+
+def checkpoint_with_features(checkpoint: Callable[..., Any], function: partial, *args: Any) -> Any:
+    """Run a layer under gradient checkpointing with the image features among its arguments.
+
+    Reentrant checkpointing hands gradients back through arguments alone, and the features come from trained parts.
+
+    Args:
+        checkpoint: the checkpointing function. function: the layer with its keyword arguments. args: the others.
+    """
+    inputs = function.keywords.get(INPUTS_KEYWORD)
+    if inputs is None:
+        return checkpoint(function, *args)
+
+    def run(features_IME: Tensor, *args: Any) -> Any:
+        return function(*args, **{INPUTS_KEYWORD: replace(inputs, features_IME=features_IME)})
+
+    return checkpoint(run, inputs.features_IME, *args)

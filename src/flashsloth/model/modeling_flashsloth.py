@@ -6,33 +6,46 @@ views), E width of the encoder, N visual tokens of an image, G query groups of a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 
 from .backbones import (
     CACHE_ARGUMENT,
     build_vision_tower,
     decoder_layers,
-    encode_patches,
     fuse_activations,
+    run_tower,
     scale_logits,
 )
 from .compressors import COMPRESSORS
 from .configuration_flashsloth import FlashSlothConfig
-from .embedded_query import INPUTS_KEYWORD, EmbeddedQuery, EmbeddedQueryInputs, LayerInsertion, QueryTokens
-from .positions import in_same_sample, placeholder_positions
+from .embedded_query import (
+    INPUTS_KEYWORD,
+    EmbeddedQuery,
+    LayerInsertion,
+    QueryTokens,
+    align_questions,
+    checkpoint_with_features,
+    embedded_query_inputs,
+)
+from .generation import FlashSlothGenerationMixin
+from .positions import check_uncut, in_same_sample, is_placeholder, locate, place, placeholder_positions
 
 # cross-entropy leaves these positions out, as everywhere in transformers
 IGNORED_LABEL = -100
-# inputs that belong to the prompt: a decoding step must not see them again
-_PROMPT_INPUTS = ("pixel_values", "image_features", "image_positions", "query_positions", "question_ids")
 
 
 @dataclass
@@ -76,6 +89,28 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=5**0.5)
         else:
             super()._init_weights(module)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Choose how attention is computed, for all parts or by the name of their configuration.
+
+        Args:
+            attn_implementation: such as "eager" or "sdpa"; or a dict of them by "vision_config" and "text_config".
+        """
+        # the tower's own configuration is shorter than the whole encoder's; transformers finds a part by identity
+        config, tower = self.config, self.base_model.vision_tower
+        whole, config.vision_config = config.vision_config, tower.config
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        finally:
+            config.vision_config = whole
+        whole._attn_implementation = tower.config._attn_implementation
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        if self.base_model.embedded_query is not None:
+            layer = decoder_layers(self.base_model.language_model)[self.config.embedded_query_layer]
+            if (checkpoint := getattr(layer, "_gradient_checkpointing_func", None)) is not None:
+                layer._gradient_checkpointing_func = partial(checkpoint_with_features, checkpoint)
 
 
 class FlashSlothModel(FlashSlothPreTrainedModel):
@@ -127,6 +162,10 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         Returns:
             un-pooled features (I, P, E), the views of an image one after the other.
         """
+        return self._encode(pixel_values).last_hidden_state
+
+    def _encode(self, pixel_values: Tensor, **options: bool) -> BaseModelOutput:
+        """What `encode_views` returns, and the encoder's hidden states and attentions where `options` ask for them."""
         config = self.config
         pixels_IVCHW = pixel_values.unsqueeze(1) if pixel_values.ndim == 4 else pixel_values
         expected = (config.num_views, config.image_height, config.image_width)
@@ -136,8 +175,13 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 f"channels, {expected[1]}, {expected[2]}). Prepare images with the processor saved beside the model."
             )
         views_ICHW = pixels_IVCHW.flatten(0, 1).to(self.vision_tower.dtype)
-        features_IPE = encode_patches(self.vision_tower, views_ICHW, (config.grid_height, config.grid_width))
-        return features_IPE.reshape(pixels_IVCHW.shape[0], -1, features_IPE.shape[-1])
+        output = run_tower(self.vision_tower, views_ICHW, (config.grid_height, config.grid_width), **options)
+        images = pixels_IVCHW.shape[0]
+        states = output.hidden_states and tuple(
+            state.reshape(images, -1, state.shape[-1]) for state in output.hidden_states
+        )
+        features_IPE = output.last_hidden_state.reshape(images, -1, output.last_hidden_state.shape[-1])
+        return BaseModelOutput(last_hidden_state=features_IPE, hidden_states=states, attentions=output.attentions)
 
     def compress(self, features: Tensor) -> Tensor:
         """Compress and project encoder features, every view alone.
@@ -153,17 +197,28 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         tokens_IND = self.projector(self.compressor(views_NHWE))
         return tokens_IND.reshape(features.shape[0], config.num_image_tokens, -1)
 
-    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
         """Encode images once; the result may be passed to any number of calls as `image_features`.
 
         Args:
             pixel_values: (I, V, C, H, W) float.
+            return_dict: False for a tuple, which no call takes.
+            output_hidden_states, output_attentions: add what the encoder keeps of its layers.
 
         Returns:
-            `last_hidden_state`: un-pooled encoder features (I, P, E); `pooler_output`: visual tokens (I, N, D).
+            `last_hidden_state`: un-pooled encoder features (I, P, E); `pooler_output`: visual tokens (I, N, D);
+            `hidden_states`: (I, P, E) for each layer; `attentions`: of every view, class and register tokens included.
         """
-        features_IPE = self.encode_views(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=features_IPE, pooler_output=self.compress(features_IPE))
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        encoded = self._encode(pixel_values, **{name: value for name, value in asked.items() if value is not None})
+        features = BaseModelOutputWithPooling(pooler_output=self.compress(encoded.last_hidden_state), **encoded)
+        return features if _returns_dict(self.config, return_dict) else features.to_tuple()
 
     def forward(
         self,
@@ -177,6 +232,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         image_positions: Tensor | None = None,
         query_positions: Tensor | None = None,
         question_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         return_dict: bool | None = None,
@@ -196,6 +252,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             query_positions: (B, G) int64, first query token of each group, -1 where there is none.
             question_ids: (B, T) int64, g on the tokens of the question of the row's g-th group (from 1), else 0.
             With a cache the last three describe the whole row, past tokens included; what is past is skipped.
+            mm_token_type_ids: not used; the positions say the same.
 
         Raises:
             ValueError: counts of images, placeholders and queries that do not agree; the message gives both.
@@ -205,40 +262,54 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if pixel_values is not None and image_features is not None:
             raise ValueError("give pixel_values or image_features, not both.")
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values)
+            image_features = self.get_image_features(pixel_values, return_dict=True)
         cache = past_key_values if cache is None else cache
+        # pages of transformers' continuous batching have no length of their own
+        is_paged = cache is not None and not isinstance(cache, Cache)
+        kwargs["cache" if is_paged else CACHE_ARGUMENT] = cache
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds_BTD.shape[1]
-        past_length = 0 if cache is None else cache.get_seq_length()
+        past_length = 0 if cache is None or is_paged else cache.get_seq_length()
 
-        if input_ids is not None and tokens > 1 and not torch.compiler.is_compiling():
+        if tokens > 1 and not torch.compiler.is_compiling():
+            given = query_positions
             image_positions, query_positions = self._complete_positions(
-                input_ids, image_features, image_positions, query_positions, past_length
+                input_ids, image_features, image_positions, query_positions, past_length, inputs_embeds
             )
+            question_ids = align_questions(question_ids, tokens, given, query_positions)
+            if is_paged and query_positions is not None:
+                check_uncut(query_positions, self.config.num_query_tokens, position_ids)
         image_index_BK = None
         if image_features is not None and image_positions is not None:
             image_index_BK = (image_positions >= 0).flatten().cumsum(0).sub(1).clamp(min=0).view_as(image_positions)
             tokens_BKND = image_features.pooler_output[image_index_BK]
-            embeds_BTD = _place(embeds_BTD, tokens_BKND, image_positions, past_length)
+            embeds_BTD = place(embeds_BTD, tokens_BKND, image_positions, past_length)
         if query_positions is not None and self.query_tokens is not None:
             queries_BGQD = self.query_tokens().expand(*query_positions.shape, -1, -1)
-            embeds_BTD = _place(embeds_BTD, queries_BGQD, query_positions, past_length)
+            embeds_BTD = place(embeds_BTD, queries_BGQD, query_positions, past_length)
             if image_index_BK is not None:
                 if question_ids is None and self.config.embedded_query_uses_question:
                     raise ValueError(
                         "the input has query tokens but no question_ids, so it is not known which tokens are the "
                         "question; prepare the prompt with FlashSlothProcessor."
                     )
-                inputs = self._embedded_query_inputs(
-                    image_features, image_index_BK, image_positions, query_positions, question_ids, tokens, past_length
+                inputs = embedded_query_inputs(
+                    image_features.last_hidden_state,
+                    image_index_BK,
+                    image_positions,
+                    query_positions,
+                    question_ids,
+                    self.config.num_query_tokens,
+                    tokens,
+                    past_length,
                 )
                 if attention_mask is None and cache is None and position_ids is not None:
                     own_BGK = in_same_sample(position_ids, query_positions, image_positions)
-                    inputs = inputs._replace(image_mask_BGK=inputs.image_mask_BGK & own_BGK)
+                    inputs = replace(inputs, image_mask_BGK=inputs.image_mask_BGK & own_BGK)
                 kwargs[INPUTS_KEYWORD] = inputs
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and cache is None:
+        if position_ids is None and _covers(attention_mask, past_length, tokens):
             # left padding must not shift positions
-            position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)
+            position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -tokens:]
 
         outputs = self.language_model(
             inputs_embeds=embeds_BTD,
@@ -246,7 +317,6 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             position_ids=position_ids,
             use_cache=use_cache,
             return_dict=True,
-            **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
         output = FlashSlothModelOutput(**outputs, image_features=image_features)
@@ -254,35 +324,41 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
 
     def _complete_positions(
         self,
-        input_ids_BT: Tensor,
+        input_ids_BT: Tensor | None,
         image_features: BaseModelOutputWithPooling | None,
         image_positions_BK: Tensor | None,
         query_positions_BG: Tensor | None,
         past_length: int | Tensor,
+        inputs_embeds_BTD: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Find the placeholders of a whole prompt in its ids, and check counts.
+        """Find the placeholders of a prompt in its ids or embeddings, and check counts.
 
-        Positions that were given are used for what the ids alone do not tell: a prompt whose beginning is in the
-        cache. Otherwise the ids decide, since padding added after the processor moves placeholders.
+        Positions that were given are used for what the prompt alone does not tell: a beginning that is in the cache,
+        embeddings that hold something else. Otherwise the prompt decides, since padding and virtual tokens that were
+        added after the processor has run move placeholders.
         """
         config = self.config
         num_tokens = config.num_image_tokens
         images = 0 if image_features is None else image_features.pooler_output.shape[0]
-        starts_here = isinstance(past_length, int) and past_length == 0
-        if config.image_token_id is not None and (starts_here or image_positions_BK is None):
-            image_positions_BK = placeholder_positions(input_ids_BT, config.image_token_id, num_tokens)
-        query_token_id = None if self.query_tokens is None else config.query_token_id
-        if query_token_id is not None and (starts_here or query_positions_BG is None):
-            query_positions_BG = placeholder_positions(input_ids_BT, query_token_id, config.num_query_tokens)
+        is_whole = input_ids_BT is not None and isinstance(past_length, int) and past_length == 0
+
+        def find(token_id: int, run_length: int, given_BK: Tensor | None) -> tuple[Tensor | None, Tensor]:
+            at_BT = is_placeholder(token_id, input_ids_BT, inputs_embeds_BTD, self.get_input_embeddings())
+            found_BK = placeholder_positions(at_BT, token_id, run_length)
+            return (found_BK if is_whole else locate(found_BK, given_BK, past_length)), at_BT.sum()
+
+        if self.query_tokens is not None and config.query_token_id is not None:
+            query_positions_BG, _ = find(config.query_token_id, config.num_query_tokens, query_positions_BG)
         if config.image_token_id is None:
             if images:
                 raise ValueError("images were given but the configuration has no image_token_id.")
-        elif image_positions_BK is None:
+            return image_positions_BK, query_positions_BG
+        image_positions_BK, found = find(config.image_token_id, num_tokens, image_positions_BK)
+        if image_positions_BK is None:
             if images:
                 raise ValueError(f"{images} images were given but the prompt has no image placeholder.")
-        else:
+        elif input_ids_BT is not None or found:
             placed = (image_positions_BK >= 0).sum()
-            found = (input_ids_BT == config.image_token_id).sum()
             expected = (image_positions_BK >= past_length).sum() * num_tokens
             if placed != images or found != expected:
                 raise ValueError(
@@ -292,36 +368,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                 )
         return image_positions_BK, query_positions_BG
 
-    def _embedded_query_inputs(
-        self,
-        image_features: BaseModelOutputWithPooling,
-        image_index_BK: Tensor,
-        image_positions_BK: Tensor,
-        query_positions_BG: Tensor,
-        question_ids_BT: Tensor | None,
-        tokens: int,
-        past_length: int | Tensor,
-    ) -> EmbeddedQueryInputs:
-        """Who sees what: a group sees its own question and the images before it in the row."""
-        device = query_positions_BG.device
-        present_BG = query_positions_BG >= past_length
-        image_mask_BGK = (image_positions_BK >= 0)[:, None, :] & present_BG[:, :, None]
-        image_mask_BGK = image_mask_BGK & (image_positions_BK[:, None, :] < query_positions_BG[:, :, None])
-        group_G = torch.arange(1, query_positions_BG.shape[1] + 1, device=device)
-        if question_ids_BT is None:
-            question_ids_BT = torch.zeros(query_positions_BG.shape[0], tokens, dtype=torch.long, device=device)
-        question_mask_BGT = question_ids_BT[:, None, -tokens:] == group_G[:, None]
-        first_BG1 = (query_positions_BG - past_length).clamp(min=0).unsqueeze(-1)
-        return EmbeddedQueryInputs(
-            features_IME=image_features.last_hidden_state,
-            image_index_BK=image_index_BK,
-            image_mask_BGK=image_mask_BGK,
-            question_mask_BGT=question_mask_BGT,
-            query_index_BGQ=first_BG1 + torch.arange(self.config.num_query_tokens, device=device),
-        )
 
-
-class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMixin):
+class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGenerationMixin):
     """FlashSloth with the head of its language model: answers questions about images.
 
     Source: "FlashSloth: Lightning Multimodal Large Language Models via Embedded Visual Compression" (CVPR 2025).
@@ -340,6 +388,10 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
         self.post_init()
+        # a head that is tied to the embeddings must be cut as they are
+        head = next(name for name, module in causal_model.named_modules() if module is self.lm_head)
+        if (style := (causal_model._tp_plan or {}).get(head)) is not None:
+            self._tp_plan["lm_head"] = style
         placeholders = [id for id in (config.image_token_id, config.query_token_id) if id is not None]
         if placeholders:  # an answer must never contain them: the next turn would take them for an image
             self.generation_config.suppress_tokens = placeholders
@@ -359,9 +411,9 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
 
-    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **options) -> BaseModelOutputWithPooling | tuple:
         """See `FlashSlothModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, **options)
 
     def forward(
         self,
@@ -372,10 +424,12 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         image_features: BaseModelOutputWithPooling | None = None,
         image_positions: Tensor | None = None,
         query_positions: Tensor | None = None,
         question_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -387,6 +441,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         """Logits, and the loss where `labels` (B, T; -100 = ignored) are given.
 
         Args:
+            shift_labels: (B, T), labels that stand where they are predicted, one before the token; they come first.
             logits_to_keep: compute logits for this many last positions only (0 = all), or for these indices.
             loss_only: with `labels`, run the head on the positions that predict a label and return no logits; the
                 loss is the same, and training spends neither time nor memory on the logits of prompts.
@@ -409,13 +464,14 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             **kwargs,
         )
         hidden_BTD = outputs.last_hidden_state
-        shift_labels = None
         if loss_only:
-            if labels is None:
+            if shift_labels is None and labels is None:
                 raise ValueError("loss_only needs labels.")
-            shift_BT = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden_BTD.device)
-            predicts_BT = shift_BT != IGNORED_LABEL
-            hidden_BTD, shift_labels = hidden_BTD[predicts_BT].unsqueeze(0), shift_BT[predicts_BT].unsqueeze(0)
+            if shift_labels is None:
+                shift_labels = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+            shift_labels = shift_labels.to(hidden_BTD.device)
+            predicts_BT = shift_labels != IGNORED_LABEL
+            hidden_BTD, shift_labels = hidden_BTD[predicts_BT].unsqueeze(0), shift_labels[predicts_BT].unsqueeze(0)
             if self.head_loss is not None:
                 return FlashSlothOutput(loss=self.head_loss(self, hidden_BTD[0], shift_labels[0], num_items_in_batch))
         elif isinstance(logits_to_keep, Tensor) or logits_to_keep:
@@ -424,7 +480,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             hidden_BTD = hidden_BTD[:, keep, :].contiguous()
         logits_BTV = scale_logits(self.config.text_config, self.lm_head(hidden_BTD))
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits=logits_BTV,
                 labels=labels,
@@ -442,58 +498,16 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         )
         return output if _returns_dict(self.config, return_dict) else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        """Images, queries and questions belong to the prompt and are dropped after it when a cache is used."""
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in _PROMPT_INPUTS:
-                kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat rows for beams and several answers; images are encoded once and their features repeated by row."""
-        if expand_size == 1:
-            return input_ids, model_kwargs
-        features = model_kwargs.pop("image_features", None)
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values)
-        if features is not None:
-            positions_BK = model_kwargs.get("image_positions")
-            if positions_BK is None and self.config.image_token_id is not None:
-                positions_BK = placeholder_positions(
-                    input_ids, self.config.image_token_id, self.config.num_image_tokens
-                )
-                model_kwargs["image_positions"] = positions_BK
-            if positions_BK is not None:
-                counts = (positions_BK >= 0).sum(dim=1).tolist()
-                order = torch.arange(sum(counts), device=positions_BK.device).split(counts)
-                order = torch.cat([images.repeat(expand_size) for images in order])
-                features = BaseModelOutputWithPooling(
-                    last_hidden_state=features.last_hidden_state[order], pooler_output=features.pooler_output[order]
-                )
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if features is not None:
-            model_kwargs["image_features"] = features
-        return input_ids, model_kwargs
+def _covers(attention_mask: Tensor | dict | None, past_length: int | Tensor, tokens: int) -> bool:
+    """Whether a mask tells of every token of the row so far and of no other."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or not isinstance(past_length, int):
+        return False
+    return attention_mask.shape[1] == past_length + tokens
 
 
 def _returns_dict(config: FlashSlothConfig, return_dict: bool | None) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
-
-
-def _place(embeds_BTD: Tensor, values_BKLD: Tensor, positions_BK: Tensor, past_length: int | Tensor) -> Tensor:
-    """Write runs of L embeddings at the positions that lie in this part of the sequence, as a new tensor."""
-    rows, tokens, width = embeds_BTD.shape
-    length = values_BKLD.shape[2]
-    first_BK1 = torch.where(positions_BK >= past_length, positions_BK - past_length, tokens).unsqueeze(-1)
-    index_BKL = first_BK1 + torch.arange(length, device=positions_BK.device)
-    index_BL1 = index_BKL.clamp(max=tokens).reshape(rows, -1, 1).to(embeds_BTD.device)
-    # one spare position at the end takes what is absent or past
-    spare_BTD = torch.cat([embeds_BTD, embeds_BTD.new_zeros(rows, 1, width)], dim=1)
-    values_BLD = values_BKLD.reshape(rows, -1, width).to(embeds_BTD.device, embeds_BTD.dtype)
-    return spare_BTD.scatter(1, index_BL1.expand(-1, -1, width), values_BLD)[:, :tokens]
 
 
 __all__ = ["FlashSlothForConditionalGeneration", "FlashSlothModel", "FlashSlothPreTrainedModel"]

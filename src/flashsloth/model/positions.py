@@ -1,42 +1,121 @@
-"""Where placeholders stand in a row. Shape suffixes: B rows, T tokens, K runs (images) and G query groups at most."""
+"""Where placeholders stand in a row, and putting embeddings there.
+
+Shape suffixes: B rows, T tokens of this call, D width of the language model, K runs of a row at most (images, or query
+groups), L tokens of a run, G query groups of a row at most.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers.masking_utils import find_packed_sequence_indices
 
 
-def placeholder_positions(input_ids_BT: Tensor, token_id: int, run_length: int) -> Tensor | None:
+def is_placeholder(
+    token_id: int, input_ids_BT: Tensor | None, inputs_embeds_BTD: Tensor | None, embeddings: nn.Module
+) -> Tensor:
+    """Where a token stands, (B, T) bool; without ids, wherever an embedding equals the token's."""
+    if input_ids_BT is not None:
+        return input_ids_BT == token_id
+    assert inputs_embeds_BTD is not None, "the caller has checked it"
+    with torch.no_grad():
+        embedding_D = embeddings(torch.tensor([token_id], device=inputs_embeds_BTD.device))[0]
+        return (inputs_embeds_BTD == embedding_D.to(inputs_embeds_BTD)).all(dim=-1)
+
+
+def placeholder_positions(is_placeholder_BT: Tensor, token_id: int, run_length: int) -> Tensor | None:
     """First index of each run of `run_length` placeholder tokens.
 
     Args:
-        input_ids_BT: int64 token ids.
-        token_id: id of the placeholder.
+        is_placeholder_BT: bool, where the placeholder stands.
+        token_id: id of the placeholder, for messages.
         run_length: tokens that make one image, or one query group.
 
     Returns:
         positions_BK int64, in reading order, -1 where a row has fewer; None when there is no placeholder at all.
 
     Raises:
-        ValueError: a row whose number of placeholders is not a multiple of `run_length`.
+        ValueError: a row whose placeholders do not form whole runs.
     """
-    is_placeholder_BT = input_ids_BT == token_id
     counts_B = is_placeholder_BT.sum(dim=1)
-    broken = counts_B % run_length != 0
+    order_BT = is_placeholder_BT.cumsum(dim=1) - 1
+    is_first_BT = is_placeholder_BT & (order_BT % run_length == 0)
+    # the last token of a whole run is as far from its first in the row as it is among the placeholders
+    last_BT = functional.pad(order_BT, (0, run_length - 1), value=-1)[:, run_length - 1 :]
+    torn_BT = is_first_BT & (last_BT != order_BT + run_length - 1)
+    broken = (counts_B % run_length != 0) | torn_BT.any(dim=1)
     if broken.any():
         row = int(broken.nonzero()[0, 0])
+        whole = "" if counts_B[row] % run_length else " that stand together"
         raise ValueError(
             f"row {row} has {int(counts_B[row])} placeholder tokens with id {token_id}, not a multiple of "
-            f"{run_length}; the prompt was truncated or not expanded by the processor saved beside the model."
+            f"{run_length}{whole}; the prompt was truncated or not expanded by the processor saved beside the model."
         )
     most = int(counts_B.max()) // run_length if counts_B.numel() else 0
     if most == 0:
         return None
-    order_BT = is_placeholder_BT.cumsum(dim=1) - 1
-    is_first_BT = is_placeholder_BT & (order_BT % run_length == 0)
-    positions_BK = torch.full((input_ids_BT.shape[0], most), -1, dtype=torch.long, device=input_ids_BT.device)
+    shape = (is_placeholder_BT.shape[0], most)
+    positions_BK = torch.full(shape, -1, dtype=torch.long, device=is_placeholder_BT.device)
     rows, columns = is_first_BT.nonzero(as_tuple=True)
     positions_BK[rows, order_BT[rows, columns] // run_length] = columns
     return positions_BK
+
+
+def locate(found_BK: Tensor | None, given_BK: Tensor | None, past_length: int | Tensor) -> Tensor | None:
+    """Positions in the whole row of runs of which some stand in this call and the others in the cache.
+
+    Padding and virtual tokens that were put before a row after the processor has run move its runs: what this call
+    shows decides, and the positions that were given tell only how many runs are past.
+
+    Args:
+        found_BK: first indices in this call, -1 where a row has fewer.
+        given_BK: first indices in the whole row, past runs included.
+        past_length: tokens in the cache.
+    """
+    if found_BK is None:
+        return given_BK
+    present_BK = torch.where(found_BK >= 0, found_BK + past_length, found_BK)
+    if given_BK is None:
+        return present_BK
+    given_BK = given_BK.to(found_BK.device)
+    known_B1 = (given_BK >= 0).sum(dim=1, keepdim=True)
+    past_B1 = known_B1 - (found_BK >= 0).sum(dim=1, keepdim=True)
+    if (past_B1 < 0).any():
+        return present_BK  # more than were named: the caller compares numbers
+    order_BK = torch.arange(given_BK.shape[1], device=given_BK.device) - past_B1
+    moved_BK = present_BK.gather(1, order_BK.clamp(min=0, max=present_BK.shape[1] - 1))
+    return torch.where((order_BK >= 0) & (given_BK >= 0), moved_BK, given_BK)
+
+
+def check_uncut(positions_BK: Tensor, run_length: int, position_ids_BT: Tensor) -> None:
+    """Refuse runs that are made of the end of one request and the beginning of another.
+
+    Args:
+        positions_BK: first indices of runs, -1 where there is none.
+        position_ids_BT: (1, T) where continuous batching lays pieces of requests one behind the other.
+
+    Raises:
+        ValueError: such a run.
+    """
+    first_BK = positions_BK.clamp(min=0)
+    length_BK = position_ids_BT.gather(1, first_BK + run_length - 1) - position_ids_BT.gather(1, first_BK)
+    if ((positions_BK >= 0) & (length_BK != run_length - 1)).any():
+        raise ValueError(
+            f"continuous batching has cut a prompt inside {run_length} placeholder tokens that belong together; let "
+            "max_batch_tokens be at least the length of all prompts together, or use generate."
+        )
+
+
+def place(embeds_BTD: Tensor, values_BKLD: Tensor, positions_BK: Tensor, past_length: int | Tensor) -> Tensor:
+    """Write runs of L embeddings at the positions that lie in this part of the sequence, as a new tensor."""
+    rows, tokens, width = embeds_BTD.shape
+    length = values_BKLD.shape[2]
+    first_BK1 = torch.where(positions_BK >= past_length, positions_BK - past_length, tokens).unsqueeze(-1)
+    index_BKL = first_BK1 + torch.arange(length, device=positions_BK.device)
+    index_BL1 = index_BKL.clamp(max=tokens).reshape(rows, -1, 1).to(embeds_BTD.device)
+    # one spare position at the end takes what is absent or past
+    spare_BTD = torch.cat([embeds_BTD, embeds_BTD.new_zeros(rows, 1, width)], dim=1)
+    values_BLD = values_BKLD.reshape(rows, -1, width).to(embeds_BTD.device, embeds_BTD.dtype)
+    return spare_BTD.scatter(1, index_BL1.expand(-1, -1, width), values_BLD)[:, :tokens]
 
 
 def in_same_sample(position_ids_BT: Tensor, query_positions_BG: Tensor, image_positions_BK: Tensor) -> Tensor:
