@@ -1,14 +1,20 @@
 """Configuration of FlashSloth: any vision encoder, any causal language model, compression between them."""
 
 import difflib
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from .backbones import image_size_of, num_kept_layers, patch_grid
 from .compressors import COMPRESSORS
+
+logger = logging.get_logger(__name__)
 
 # keys that transformers itself writes into, or reads from, any config.json beside the declared fields
 _TRANSFORMERS_KEYS = frozenset({
@@ -17,6 +23,20 @@ _TRANSFORMERS_KEYS = frozenset({
     "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "pad_token_id",
     "quantization_config", "torch_dtype", "use_cache",
 })  # fmt: skip
+
+# an unknown key as like a known one as this is a misspelt one
+_MISSPELT = 0.8
+# Beyond these no computer follows; they are compared before anything is built.
+_MOST_LAYERS = 2**12
+_MOST_WEIGHTS = 2**40
+_MOST_PIXELS = 2**28  # of all views of an image
+_MOST_TOKENS = 2**20  # of all views of an image, before compression
+_LARGEST_SIZE = 2**32
+# what makes the extent of an encoder or a decoder; not all families have all of them
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "max_position_embeddings", "num_channels", "num_patches", "image_size", "patch_size",
+)  # fmt: skip
+_LONGEST_MESSAGE = 500
 
 
 # backbones of the published 3.2B model: SigLIP so400m at 384 pixels, Phi-2
@@ -35,12 +55,36 @@ def _resolve_sub_config(name: str, value: dict | PreTrainedConfig | None, defaul
         return value
     value = dict(default if value is None else value)
     model_type = value.pop("model_type", default["model_type"])
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{name}.model_type is {model_type!r}, which transformers does not know; use the model_type of a Hugging "
-            "Face model."
+            f"{name}.model_type is {model_type!r:.80}, which transformers does not know; use the model_type of a "
+            "Hugging Face model."
         )
-    return CONFIG_MAPPING[model_type](**value)
+    try:
+        return CONFIG_MAPPING[model_type](**value)
+    except Exception as error:  # whatever a family's own checks raise, the values are the user's
+        raise ValueError(f"{name} is no configuration of {model_type!r}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
+def _refuse_in_words(init: Callable[..., None]) -> Callable[..., None]:
+    """Values of wrong type or shape end in a ValueError, whatever notices them first."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValueError as error:
+            if len(str(error)) <= _LONGEST_MESSAGE:
+                raise
+            raise ValueError(f"{str(error)[:_LONGEST_MESSAGE]} ...") from error
+        except Exception as error:
+            raise ValueError(f"the FlashSloth configuration has a value of the wrong kind: {_brief(error)}") from error
+
+    return checked
 
 
 @strict
@@ -69,12 +113,17 @@ class FlashSlothConfig(PreTrainedConfig):
             None sees the whole image only.
         tie_word_embeddings: follows `text_config`.
 
+    A key that is none of these, nor like one, is kept with a warning: other tools note things of their own.
+
     Raises:
-        ValueError: an unknown key, or sizes that do not fit each other; the message names the fields.
+        ValueError: a misspelt key, a value of the wrong type, or sizes that do not fit each other or any computer; the
+            message names the fields.
     """
 
     model_type = "flashsloth"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # what the Trainer leaves out of its predictions
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_features"]
 
     # a configuration first: each type it is not costs its whole text, for an error message that nobody reads
     vision_config: PreTrainedConfig | dict | None = None
@@ -99,11 +148,13 @@ class FlashSlothConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         known = _TRANSFORMERS_KEYS.union(self.__dataclass_fields__)
         for key in sorted(kwargs.keys() - known):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown key {key!r} in the FlashSloth configuration{hint}")
+            if near := difflib.get_close_matches(key, known, n=1, cutoff=_MISSPELT):
+                raise ValueError(f"unknown key {key!r:.80} in the FlashSloth configuration; did you mean {near[0]!r}?")
+            logger.warning_once(f"key {key!r:.80} of the FlashSloth configuration is kept, but nothing here reads it")
         self.vision_config = _resolve_sub_config("vision_config", self.vision_config, _DEFAULT_VISION)
         self.text_config = _resolve_sub_config("text_config", self.text_config, _DEFAULT_TEXT)
+        for name, part in (("vision_config", self.vision_config), ("text_config", self.text_config)):
+            _check_sizes(name, part)
         if self.embedded_query_hidden_size is None:
             self.embedded_query_hidden_size = self.vision_config.hidden_size // 2
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
@@ -112,11 +163,17 @@ class FlashSlothConfig(PreTrainedConfig):
 
     def _validate_sizes(self) -> None:
         if self.compressor not in COMPRESSORS:
-            raise ValueError(f"compressor is {self.compressor!r}; known are {', '.join(COMPRESSORS)}.")
+            raise ValueError(f"compressor is {self.compressor!r:.80}; known are {', '.join(COMPRESSORS)}.")
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"projector_hidden_act is {self.projector_hidden_act!r:.80}; known are {', '.join(ACT2FN)}."
+            )
+        if not 0 <= self.compressor_dropout <= 1:
+            raise ValueError(f"compressor_dropout is {self.compressor_dropout}; it must be from 0 to 1.")
         if self.compressor_window < 1:
             raise ValueError(f"compressor_window is {self.compressor_window}; it must be at least 1.")
         if self.view_grid is not None and (len(self.view_grid) != 2 or min(self.view_grid) < 1):
-            raise ValueError(f"view_grid is {self.view_grid}; give [rows, columns], both at least 1, or null.")
+            raise ValueError(f"view_grid is {self.view_grid!r:.80}; give [rows, columns], both at least 1, or null.")
         depth = self.vision_config.num_hidden_layers
         kept = num_kept_layers(self.vision_config, self.vision_feature_layer)
         if not 0 <= kept <= depth:
@@ -126,12 +183,15 @@ class FlashSlothConfig(PreTrainedConfig):
         if self.vision_final_norm and kept != depth:
             raise ValueError("vision_final_norm needs the last layer: set vision_feature_layer to -1.")
         rows, columns = self.grid_height, self.grid_width
+        if rows < 1 or columns < 1:
+            raise ValueError("vision_config.patch_size is larger than its image_size; an image has no whole patch.")
         window = self.effective_window
         if self.compressor_padding == "refuse" and (rows % window or columns % window):
             raise ValueError(
                 f"compressor_window {window} does not divide the {rows} x {columns} patch grid of vision_config; "
                 'choose another window or image size, or set compressor_padding to "pad".'
             )
+        self._validate_amounts()
         if self.num_query_tokens < 0:
             raise ValueError(f"num_query_tokens is {self.num_query_tokens}; it must be 0 (off) or more.")
         if self.num_query_tokens:
@@ -143,6 +203,24 @@ class FlashSlothConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {token_id}, outside the vocabulary of text_config ({vocabulary}).")
         if self.image_token_id is not None and self.image_token_id == self.query_token_id:
             raise ValueError(f"image_token_id and query_token_id are both {self.image_token_id}; they must differ.")
+
+    def _validate_amounts(self) -> None:
+        window, vision, text = self.effective_window, self.vision_config, self.text_config
+        padded = (-(-self.grid_height // window) * window) * (-(-self.grid_width // window) * window)
+        compressed = vision.hidden_size * (window**2 if self.compressor == "pixel_unshuffle" else 1)
+        inner = (self.embedded_query_hidden_size or 0) if self.num_query_tokens else 0
+        amounts = {
+            "pixels of an image's views": (self.num_views * self.image_height * self.image_width, _MOST_PIXELS),
+            "patches of an image's views": (self.num_views * padded, _MOST_TOKENS),
+            "num_query_tokens": (self.num_query_tokens, _MOST_TOKENS),
+            "weights of projector, query tokens and embedded query module": (
+                text.hidden_size * (compressed + self.num_query_tokens + inner) + vision.hidden_size * inner,
+                _MOST_WEIGHTS,
+            ),
+        }
+        for name, (amount, most) in amounts.items():
+            if amount > most:
+                raise ValueError(f"{name}: {float(amount):.3g} are more than any computer holds (at most {most}).")
 
     def _validate_embedded_query(self) -> None:
         layers = self.text_config.num_hidden_layers
@@ -206,5 +284,35 @@ class FlashSlothConfig(PreTrainedConfig):
         """Visual tokens of one image, all views."""
         return self.num_views * self.num_tokens_per_view
 
+
+def _check_sizes(name: str, config: PreTrainedConfig) -> None:
+    """Refuse an encoder or a decoder without extent, or beyond any memory."""
+    largest = dict.fromkeys(_SIZES, 0)
+    for field in _SIZES:
+        value = getattr(config, field, None)
+        sizes = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        for size in sizes:  # a list has one for each side, or for each layer
+            if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIZE:
+                raise ValueError(
+                    f"{name}.{field} is {value!r:.80}; it must be a whole number of at least 1, and of a size that a "
+                    "computer holds."
+                )
+            largest[field] = max(largest[field], size)
+    width, layers, heads = config.hidden_size, config.num_hidden_layers, largest["num_attention_heads"] or 1
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"{name}.num_hidden_layers is {layers}, more than {_MOST_LAYERS}.")
+    if not largest["head_dim"] and width % heads:
+        raise ValueError(f"{name}.hidden_size ({width}) is not a multiple of num_attention_heads ({heads}).")
+    inner = largest["intermediate_size"] or width * getattr(config, "mlp_ratio", 1)
+    rows = largest["vocab_size"] + largest["max_position_embeddings"]
+    weights = width * (rows + layers * max(inner, heads * (largest["head_dim"] or width // heads)))
+    if weights > _MOST_WEIGHTS:
+        raise ValueError(
+            f"{name} describes about {float(weights):.3g} weights, more than any computer holds; hidden_size is "
+            f"{width}, num_hidden_layers {layers}."
+        )
+
+
+FlashSlothConfig.__init__ = _refuse_in_words(FlashSlothConfig.__init__)
 
 __all__ = ["FlashSlothConfig"]
