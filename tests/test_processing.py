@@ -1,6 +1,7 @@
 """Prompts, question spans, labels, padding; and that nothing a user types is read as anything but text."""
 
 import base64
+import contextlib
 import io
 import json
 
@@ -250,6 +251,41 @@ def test_handwritten_prompts_can_escape(processor):
     assert questions(processor, batch) == [question]
 
 
+def test_tools_and_documents_stay_text_too(processor):
+    template = "{{ tools | tojson }}{{ documents[0].text }}<question>{{ messages[0].content }}<learnable>"
+    batch = encode(
+        processor,
+        [{"role": "user", "content": "Q"}],
+        chat_template=template,
+        return_labels=False,
+        tools=[{"<image>": "</s>"}],
+        documents=[{"text": "<learnable> <image>"}],
+    )
+    text = processor.decode(batch["input_ids"][0])
+    assert text == '[{"<image>": "</s>"}]<learnable> <image>Q' + "<learnable>" * QUERY_TOKENS
+    assert "image_positions" not in batch
+    assert batch["query_positions"].shape == (1, 1)
+
+
+@pytest.mark.parametrize("bad", ["\ud83d", "\udcff"])
+def test_half_of_a_surrogate_pair_is_replaced_wherever_it_stands(processor, bad):
+    good = "\ufffd"
+
+    def everywhere(half):
+        conversation = [{"role": "system", "content": half}, user(IMG, f"a{half}", half), assistant(f"{half}b")]
+        yield encode(processor, conversation)
+        yield encode(processor, SHORT, default_system_prompt=f"x{half}")
+        yield processor(text=f"{half}USER: {half}?<learnable>", return_tensors="pt")
+        yield processor.encode_captions([f"a {half}"], [PICTURE])
+        tools = {"chat_template": "{{ tools }}{{ documents }}<question>a<learnable>", "return_labels": False}
+        yield encode(processor, TEXT_ONLY, tools=[{half: half}], documents=[{"text": half}], **tools)
+
+    for found, expected in zip(everywhere(bad), everywhere(good), strict=True):
+        assert_same(found, expected)
+    assert processor.apply_chat_template([user(f"a{bad}")]).encode()
+    assert questions(processor, encode(processor, [user("a\0b"), assistant("c")])) == [" a\0b"]
+
+
 # --- question spans -------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +386,41 @@ def test_unpadded_lists_and_fixed_length(processor):
         encode(processor, SHORT, padding="max_length")
 
 
+def test_defaults_of_the_tokenizer_are_used(tmp_path):
+    """Options of tokenizers that are given at their construction come before the processor's own defaults."""
+    tokenizer = fast(byte_level_tokenizer(), padding="max_length", max_length=200)
+    processor = make(tokenizer)
+    processor.save_pretrained(tmp_path)
+    for same in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        assert encode(same, SHORT)["input_ids"].shape == (1, 200)
+        assert same(text="USER: a<learnable>", return_tensors="pt")["input_ids"].shape == (1, 200)
+        assert encode(same, [SHORT, LONG], padding=True)["input_ids"].shape[1] < 200
+    lists = encode(make(fast(byte_level_tokenizer(), padding=False)), [SHORT, LONG], return_tensors=None)
+    assert len({len(row) for row in lists["input_ids"]}) == 2
+    length = len(lists["input_ids"][0])
+    truncating = make(fast(byte_level_tokenizer(), truncation=True, max_length=length - 2))
+    assert encode(truncating, SHORT)["input_ids"].shape == (1, length - 2)
+    limited = make(fast(byte_level_tokenizer(), max_length=10))  # a length alone neither pads nor truncates
+    assert encode(limited, SHORT)["input_ids"].shape == (1, length)
+
+
+def test_tensors_for_tokens_follow_the_tokenizer(processor, caplog):
+    batch = encode(processor, [SHORT, TEXT_ONLY], return_mm_token_type_ids=True)
+    assert batch["mm_token_type_ids"].tolist() == (batch["input_ids"] == processor.image_token_id).int().tolist()
+    singles = [encode(processor, row, return_mm_token_type_ids=True) for row in (SHORT, TEXT_ONLY)]
+    assert_same(processor.pad(singles), batch)
+    by_hand = processor(text="USER: <image>\nA?<learnable>", images=PICTURE, return_mm_token_type_ids=True)
+    assert sum(by_hand["mm_token_type_ids"][0]) == IMAGE_TOKENS
+    assert "attention_mask" not in encode(processor, SHORT, return_attention_mask=False)
+    maskless = make(fast(byte_level_tokenizer(), model_input_names=["input_ids"]))
+    assert set(encode(maskless, SHORT, return_labels=False)) == set(maskless.model_input_names)
+    assert "attention_mask" in encode(maskless, SHORT, return_attention_mask=True)
+    assert set(encode(processor, SHORT, return_labels=False)) == set(processor.model_input_names)
+    assert "query_positions" not in make(num_query_tokens=0).model_input_names
+    processor(text="USER: A?<learnable>", return_offsets_mapping=True)
+    assert "'return_offsets_mapping' is no option" in caplog.text
+
+
 def test_pad_refuses_what_it_does_not_know(processor):
     single = dict(encode(processor, SHORT))
     with pytest.raises(ValueError, match="cannot pad name"):
@@ -411,6 +482,17 @@ def test_continued_answer_has_no_end(processor):
     assert processor.decode(batch["input_ids"][0]).endswith("circle.")
     with pytest.raises(ValueError, match="continue_final_message"):
         encode(processor, SHORT, continue_final_message=True)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_mask_of_a_continued_answer(processor, parts):
+    begun = [{"type": "text", "text": "There are"}] if parts else "There are"
+    conversation = [*LONG[:3], assistant(begun)]
+    options = {"continue_final_message": True, "return_labels": False, "return_assistant_tokens_mask": True}
+    batch = encode(processor, conversation, **options)
+    mask = batch["assistant_masks"][0].bool()
+    assert processor.decode(batch["input_ids"][0][mask]) == " It is a red circle.</s> There are"
+    assert mask[-1]
 
 
 # --- lengths --------------------------------------------------------------------------------------------------------
@@ -513,11 +595,58 @@ def test_images_alone(processor):
         ("What?", "list of messages"),
         ([{"content": "a"}], "role"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "video"),
+        ([{"role": 5, "content": "a"}], "role"),
+        (["What?"], "must be a dict"),
+        ([{"role": "user", "content": 5}], "content must be text"),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "content must be text"),
+        ([{"role": "user", "content": [5]}], "must be text or a dict"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "must be a string, got None"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "must be a string, got 5"),
+        ([{"role": "user", "content": [{"type": "image", "base64": 5}]}], "must be a string, got 5"),
+        ([SHORT, 5], "row 1: a conversation is a non-empty list"),
+        ([SHORT, []], "row 1: a conversation is a non-empty list"),
     ],
 )
 def test_malformed_conversations(processor, conversation, cause):
     with pytest.raises(ValueError, match=cause):
         encode(processor, conversation)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ a.b.c }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ messages + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ range(10 ** 12) | list }}",
+        "{{ messages[9].content.x }}",
+        5,
+    ],
+)
+def test_whatever_a_template_raises_is_a_value_error(processor, template):
+    with pytest.raises(ValueError, match="chat.template") as refused:
+        encode(processor, SHORT, chat_template=template)
+    assert len(str(refused.value)) < 500
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(["text", "image", "user", b"x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "image", "url", "base64"]), inner)
+    ),
+    max_leaves=6,
+)
+message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]) | anything, "content": anything})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(conversation=anything | st.lists(message | anything, max_size=3))
+def test_any_conversation_is_encoded_or_refused_in_words(processor, conversation):
+    with contextlib.suppress(ValueError):
+        assert "input_ids" in encode(processor, conversation, return_pixel_values=False)
 
 
 def test_wrong_construction():

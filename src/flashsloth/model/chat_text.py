@@ -84,6 +84,9 @@ PLAIN_CHAT_TEMPLATE = """\
 # A Unicode noncharacter: never text, left alone by templates and JSON.
 ESCAPE = "\ufdd0"
 SEPARATOR = "/"
+# Half of a surrogate pair, as a cut emoji leaves it: no text, and no tokenizer takes it.
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+_REPLACEMENT = "\ufffd"
 _ESCAPED = re.compile(f"{ESCAPE}([{ESCAPE}{SEPARATOR}])")
 
 
@@ -148,6 +151,7 @@ class PromptText:
 
     def escape(self, text: str) -> str:
         """Typed text, so that it stays text inside a prompt."""
+        text = _well_formed(text)
         if self._suspicious.search(text) is None:
             return text
         return self._forged.sub(rf"\1{ESCAPE}{SEPARATOR}", text.replace(ESCAPE, ESCAPE * 2))
@@ -161,6 +165,7 @@ class PromptText:
 
     def split(self, prompt: str, answer_spans: Iterable[Sequence[int]] = ()) -> list[Piece]:
         """Cuts a rendered prompt at its placeholders and special tokens; `answer_spans` are (start, stop) in it."""
+        prompt = _well_formed(prompt)  # what was not escaped: prompts written by hand, variables of the template
         cuts: list[tuple[int, int, str, Kind]] = []
         for match in self._splitter.finditer(prompt):
             text = match.group() if match.group() in self.kinds else match.group().strip()
@@ -186,6 +191,10 @@ class PromptText:
         if current.text or current.marks:
             pieces.append(current)
         return pieces
+
+
+def _well_formed(text: str) -> str:
+    return _LONE_SURROGATES.sub(_REPLACEMENT, text)
 
 
 def _swallowing(token: str, left: bool, right: bool) -> str:

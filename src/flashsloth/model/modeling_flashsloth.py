@@ -42,7 +42,7 @@ from .embedded_query import (
     embedded_query_inputs,
 )
 from .generation import FlashSlothGenerationMixin
-from .positions import check_uncut, in_same_sample, is_placeholder, locate, place, placeholder_positions
+from .positions import check_uncut, complete_positions, in_same_sample, is_mask_of_row, place
 
 # cross-entropy leaves these positions out, as everywhere in transformers
 IGNORED_LABEL = -100
@@ -273,9 +273,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
 
         if tokens > 1 and not torch.compiler.is_compiling():
             given = query_positions
-            image_positions, query_positions = self._complete_positions(
-                input_ids, image_features, image_positions, query_positions, past_length, inputs_embeds
-            )
+            images = 0 if image_features is None else image_features.pooler_output.shape[0]
+            image_positions, query_positions = complete_positions(
+                self.config, self.get_input_embeddings(), images, image_positions, query_positions, past_length,
+                input_ids, inputs_embeds,
+            )  # fmt: skip
             question_ids = align_questions(question_ids, tokens, given, query_positions)
             if is_paged and query_positions is not None:
                 check_uncut(query_positions, self.config.num_query_tokens, position_ids)
@@ -307,7 +309,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
                     own_BGK = in_same_sample(position_ids, query_positions, image_positions)
                     inputs = replace(inputs, image_mask_BGK=inputs.image_mask_BGK & own_BGK)
                 kwargs[INPUTS_KEYWORD] = inputs
-        if position_ids is None and _covers(attention_mask, past_length, tokens):
+        if position_ids is None and is_mask_of_row(attention_mask, past_length, tokens):
             # left padding must not shift positions
             position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -tokens:]
 
@@ -321,52 +323,6 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         )
         output = FlashSlothModelOutput(**outputs, image_features=image_features)
         return output if _returns_dict(self.config, return_dict) else output.to_tuple()
-
-    def _complete_positions(
-        self,
-        input_ids_BT: Tensor | None,
-        image_features: BaseModelOutputWithPooling | None,
-        image_positions_BK: Tensor | None,
-        query_positions_BG: Tensor | None,
-        past_length: int | Tensor,
-        inputs_embeds_BTD: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Find the placeholders of a prompt in its ids or embeddings, and check counts.
-
-        Positions that were given are used for what the prompt alone does not tell: a beginning that is in the cache,
-        embeddings that hold something else. Otherwise the prompt decides, since padding and virtual tokens that were
-        added after the processor has run move placeholders.
-        """
-        config = self.config
-        num_tokens = config.num_image_tokens
-        images = 0 if image_features is None else image_features.pooler_output.shape[0]
-        is_whole = input_ids_BT is not None and isinstance(past_length, int) and past_length == 0
-
-        def find(token_id: int, run_length: int, given_BK: Tensor | None) -> tuple[Tensor | None, Tensor]:
-            at_BT = is_placeholder(token_id, input_ids_BT, inputs_embeds_BTD, self.get_input_embeddings())
-            found_BK = placeholder_positions(at_BT, token_id, run_length)
-            return (found_BK if is_whole else locate(found_BK, given_BK, past_length)), at_BT.sum()
-
-        if self.query_tokens is not None and config.query_token_id is not None:
-            query_positions_BG, _ = find(config.query_token_id, config.num_query_tokens, query_positions_BG)
-        if config.image_token_id is None:
-            if images:
-                raise ValueError("images were given but the configuration has no image_token_id.")
-            return image_positions_BK, query_positions_BG
-        image_positions_BK, found = find(config.image_token_id, num_tokens, image_positions_BK)
-        if image_positions_BK is None:
-            if images:
-                raise ValueError(f"{images} images were given but the prompt has no image placeholder.")
-        elif input_ids_BT is not None or found:
-            placed = (image_positions_BK >= 0).sum()
-            expected = (image_positions_BK >= past_length).sum() * num_tokens
-            if placed != images or found != expected:
-                raise ValueError(
-                    f"the prompt has {int(found)} image placeholder tokens ({num_tokens} make one image) and names "
-                    f"{int(placed)} image positions, but {images} images were given; prepare text and images in one "
-                    "call of the processor saved beside the model, and do not truncate its output."
-                )
-        return image_positions_BK, query_positions_BG
 
 
 class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGenerationMixin):
@@ -424,7 +380,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         image_features: BaseModelOutputWithPooling | None = None,
         image_positions: Tensor | None = None,
         query_positions: Tensor | None = None,
@@ -441,13 +396,16 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         """Logits, and the loss where `labels` (B, T; -100 = ignored) are given.
 
         Args:
-            shift_labels: (B, T), labels that stand where they are predicted, one before the token; they come first.
             logits_to_keep: compute logits for this many last positions only (0 = all), or for these indices.
             loss_only: with `labels`, run the head on the positions that predict a label and return no logits; the
                 loss is the same, and training spends neither time nor memory on the logits of prompts.
             num_items_in_batch: labelled tokens of the whole optimiser step, for exact gradient accumulation.
+            kwargs: `shift_labels` (B, T), labels that stand where they are predicted, which is one before the token;
+                they come before `labels`. What else there is goes to the language model.
             The others: see `FlashSlothModel.forward`.
         """
+        # no parameter of its own, or the Trainer takes it for one of the names of labels that every batch has
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -497,13 +455,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
             **{CACHE_ARGUMENT: outputs.get(CACHE_ARGUMENT)},
         )
         return output if _returns_dict(self.config, return_dict) else output.to_tuple()
-
-
-def _covers(attention_mask: Tensor | dict | None, past_length: int | Tensor, tokens: int) -> bool:
-    """Whether a mask tells of every token of the row so far and of no other."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or not isinstance(past_length, int):
-        return False
-    return attention_mask.shape[1] == past_length + tokens
 
 
 def _returns_dict(config: FlashSlothConfig, return_dict: bool | None) -> bool:

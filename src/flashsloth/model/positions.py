@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.masking_utils import find_packed_sequence_indices
 
+from .configuration_flashsloth import FlashSlothConfig
+
 
 def is_placeholder(
     token_id: int, input_ids_BT: Tensor | None, inputs_embeds_BTD: Tensor | None, embeddings: nn.Module
@@ -86,6 +88,61 @@ def locate(found_BK: Tensor | None, given_BK: Tensor | None, past_length: int | 
     return torch.where((order_BK >= 0) & (given_BK >= 0), moved_BK, given_BK)
 
 
+def complete_positions(
+    config: FlashSlothConfig,
+    embeddings: nn.Module,
+    images: int,
+    image_positions_BK: Tensor | None,
+    query_positions_BG: Tensor | None,
+    past_length: int | Tensor,
+    input_ids_BT: Tensor | None,
+    inputs_embeds_BTD: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Find the placeholders of a prompt in its ids or embeddings, and check counts.
+
+    Positions that were given are used for what the prompt alone does not tell: a beginning that is in the cache,
+    embeddings that hold something else. Otherwise the prompt decides, since padding and virtual tokens that were
+    added after the processor has run move placeholders.
+
+    Args:
+        images: how many come with the prompt.
+
+    Returns:
+        positions of images and of query groups in the whole row.
+
+    Raises:
+        ValueError: numbers of images and placeholders that differ.
+    """
+    is_whole = input_ids_BT is not None and isinstance(past_length, int) and past_length == 0
+
+    def find(token_id: int, run_length: int, given_BK: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        at_BT = is_placeholder(token_id, input_ids_BT, inputs_embeds_BTD, embeddings)
+        found_BK = placeholder_positions(at_BT, token_id, run_length)
+        return (found_BK if is_whole else locate(found_BK, given_BK, past_length)), at_BT.sum()
+
+    if config.num_query_tokens and config.query_token_id is not None:
+        query_positions_BG, _ = find(config.query_token_id, config.num_query_tokens, query_positions_BG)
+    if config.image_token_id is None:
+        if images:
+            raise ValueError("images were given but the configuration has no image_token_id.")
+        return image_positions_BK, query_positions_BG
+    num_tokens = config.num_image_tokens
+    image_positions_BK, found = find(config.image_token_id, num_tokens, image_positions_BK)
+    if image_positions_BK is None:
+        if images:
+            raise ValueError(f"{images} images were given but the prompt has no image placeholder.")
+    elif input_ids_BT is not None or found:
+        placed = (image_positions_BK >= 0).sum()
+        expected = (image_positions_BK >= past_length).sum() * num_tokens
+        if placed != images or found != expected:
+            raise ValueError(
+                f"the prompt has {int(found)} image placeholder tokens ({num_tokens} make one image) and names "
+                f"{int(placed)} image positions, but {images} images were given; prepare text and images in one "
+                "call of the processor saved beside the model, and do not truncate its output."
+            )
+    return image_positions_BK, query_positions_BG
+
+
 def check_uncut(positions_BK: Tensor, run_length: int, position_ids_BT: Tensor) -> None:
     """Refuse runs that are made of the end of one request and the beginning of another.
 
@@ -116,6 +173,13 @@ def place(embeds_BTD: Tensor, values_BKLD: Tensor, positions_BK: Tensor, past_le
     spare_BTD = torch.cat([embeds_BTD, embeds_BTD.new_zeros(rows, 1, width)], dim=1)
     values_BLD = values_BKLD.reshape(rows, -1, width).to(embeds_BTD.device, embeds_BTD.dtype)
     return spare_BTD.scatter(1, index_BL1.expand(-1, -1, width), values_BLD)[:, :tokens]
+
+
+def is_mask_of_row(attention_mask: Tensor | dict | None, past_length: int | Tensor, tokens: int) -> bool:
+    """Whether a mask tells of every token of the row so far and of no other."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or not isinstance(past_length, int):
+        return False
+    return attention_mask.shape[1] == past_length + tokens
 
 
 def in_same_sample(position_ids_BT: Tensor, query_positions_BG: Tensor, image_positions_BK: Tensor) -> Tensor:

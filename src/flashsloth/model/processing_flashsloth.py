@@ -4,16 +4,13 @@ Shape suffixes: B rows, T tokens, I images of the batch, V views, C H W pixels, 
 row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import PaddingStrategy, TensorType, logging
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_text import (
     DEFAULT_CHAT_TEMPLATE,
@@ -24,24 +21,25 @@ from .chat_text import (
     mark_answers,
     mark_questions,
 )
-from .conversations import as_batch, match_images, merge_sources, normalize_conversation
+from .conversations import as_batch, match_images, merge_sources, render_conversations
 from .image_processing_flashsloth import FlashSlothImageProcessor
 from .prompt_encoding import (
     IGNORED_LABEL,
+    NO_LIMIT,
     POSITION_NAMES,
     TOKEN_FILLS,
     Expansion,
     Features,
     encode_pieces,
     fit_to_length,
-    pad_features,
+    naming_row,
+    stack_rows,
     tokenize_pieces,
+    without_batch_axis,
 )
 
 logger = logging.get_logger(__name__)
 
-# Tokenizers without a limit of their own say something like 1e30.
-NO_LIMIT = int(1e9)
 # Templates that need no saving; a template of the same name saved with the processor comes first.
 BUILT_IN_TEMPLATES = {"default": DEFAULT_CHAT_TEMPLATE, "plain": PLAIN_CHAT_TEMPLATE}
 
@@ -51,6 +49,12 @@ class FlashSlothTextKwargs(TextKwargs, total=False):
 
     return_labels: bool | None
     return_pixel_values: bool | None
+
+
+# Options that every tokenizer has and that say nothing here.
+IGNORED_OPTIONS = ("text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words",
+    "return_token_type_ids", "return_overflowing_tokens", "return_special_tokens_mask", "return_offsets_mapping",
+    "return_length", "return_text_replacement_offsets")  # fmt: skip
 
 
 class FlashSlothProcessorKwargs(ProcessingKwargs, total=False):
@@ -149,9 +153,14 @@ class FlashSlothProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors this processor can emit."""
-        positions = ["image_positions", "query_positions", "question_ids"]
-        return ["input_ids", "attention_mask", "pixel_values", *positions]
+        """Names of the tensors this processor can emit, of those for tokens as far as its tokenizer wants them."""
+        mask = ["attention_mask"] if self._wants_mask else []
+        queries = ["query_positions", "question_ids"] if self.num_query_tokens else []
+        return ["input_ids", *mask, "pixel_values", "image_positions", *queries]
+
+    @property
+    def _wants_mask(self) -> bool:
+        return "attention_mask" in self.tokenizer.model_input_names
 
     def __call__(
         self,
@@ -165,14 +174,15 @@ class FlashSlothProcessor(ProcessorMixin):
             images: one image, a flat list in reading order, or one list a row; any form `load_image` takes.
             text: a prompt or several, written by hand or by `apply_chat_template(..., tokenize=False)`.
             kwargs: options of tokenizers (padding, truncation, max_length, padding_side, pad_to_multiple_of,
-                add_special_tokens, return_tensors), of the image processor, and
+                add_special_tokens, return_attention_mask, return_tensors), of the image processor, and
+                `return_mm_token_type_ids`: add 1 for tokens of images, 0 for others;
                 `return_labels`: add labels of the answers;
                 `return_pixel_values`: `False` leaves images out, for features encoded before.
 
         Returns:
             `input_ids`, `attention_mask` (B, T); `pixel_values` (I, V, 3, H, W) float32 and `image_positions` (B, K)
             when there are images; `query_positions` (B, G) and `question_ids` (B, T) when there are query groups;
-            `labels` (B, T) when asked for.
+            `labels` and `mm_token_type_ids` (B, T) when asked for.
 
         Raises:
             ValueError: numbers of placeholders and images that differ, an empty question, a prompt that is too long
@@ -180,12 +190,11 @@ class FlashSlothProcessor(ProcessorMixin):
         """
         if text is None and images is None:
             raise ValueError("FlashSlothProcessor needs text, images, or both")
-        options = self._merge_kwargs(FlashSlothProcessorKwargs, **kwargs)
-        text_options, image_options = options["text_kwargs"], options["images_kwargs"]
+        text_options, image_options = self._options(kwargs)
         if text is None:
             return self.image_processor(images, **image_options)
-        prompts = [text] if isinstance(text, str) else list(text)
-        if not all(isinstance(prompt, str) for prompt in prompts):
+        prompts = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text must be a string or a list of strings")
         rows = [self.prompt_text.split(prompt) for prompt in prompts]
         for row, pieces in enumerate(rows):
@@ -195,7 +204,7 @@ class FlashSlothProcessor(ProcessorMixin):
                     f"A prompt has an image but no {self.query_token}: its answer is made without EmbQ."
                 )
             if text_options.get("return_labels"):
-                with _naming_row(row, len(rows)):
+                with naming_row(row, len(rows)):
                     mark_answers(pieces, self.assistant_header, self.tokenizer.eos_token)
         return self._encode_batch(rows, images, text_options, image_options)
 
@@ -240,23 +249,23 @@ class FlashSlothProcessor(ProcessorMixin):
         options.update({name: kwargs.pop(name) for name in list(kwargs) if name in self._call_options()})
         for name in [name for name in kwargs if name not in template and name != "sanitize_control_tokens"]:
             logger.warning_once(f"{name!r} is neither an option of the processor nor in the chat template; ignored")
-        prompts, spans, sources = self._render(
-            conversations,
-            template,
-            with_spans=tokenize and not continue_final_message,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            "image_token": self.image_token,
+            "query_token": self.query_token if self.num_query_tokens else "",
+            "question_marker": self.question_marker,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
             **kwargs,
+        }
+        prompts, spans, sources = render_conversations(
+            conversations, template, self.prompt_text, tokenize, tools, documents, variables
         )
         if not tokenize:
             return prompts if batched else prompts[0]
-        merged = self._merge_kwargs(
-            FlashSlothProcessorKwargs,
-            **(options | ({} if return_tensors is None else {"return_tensors": return_tensors})),
+        text_options, image_options = self._options(
+            options | ({} if return_tensors is None else {"return_tensors": return_tensors})
         )
-        text_options, image_options = merged["text_kwargs"], merged["images_kwargs"]
         if continue_final_message and text_options.get("return_labels"):
             raise ValueError("labels need complete answers: return_labels does not go with continue_final_message")
         rows = [self.prompt_text.split(prompt, answers) for prompt, answers in zip(prompts, spans, strict=True)]
@@ -296,7 +305,7 @@ class FlashSlothProcessor(ProcessorMixin):
         known = {*TOKEN_FILLS, *POSITION_NAMES, "pixel_values"}
         if unknown := sorted({name for row in features for name in row if name not in known}):
             raise ValueError(f"cannot pad {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        rows = [_without_batch_axis(row) for row in features]
+        rows = [without_batch_axis(row) for row in features]
         optional = {name for row in rows for name in row}
         for row in rows:
             if "question_ids" in optional:
@@ -311,7 +320,7 @@ class FlashSlothProcessor(ProcessorMixin):
             "padding_side": padding_side,
             "return_tensors": return_tensors,
         }
-        return self._stack(rows, np.concatenate(pixels) if pixels else None, options)
+        return stack_rows(rows, np.concatenate(pixels) if pixels else None, self.tokenizer, options)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """Placeholder tokens and views of images of the given (height, width): what serving engines plan with."""
@@ -353,42 +362,36 @@ class FlashSlothProcessor(ProcessorMixin):
             self._cache[name] = (key, make())
         return self._cache[name][1]
 
+    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options for text and for images: the given ones, else the tokenizer's own, else this processor's."""
+        own = self.tokenizer.init_kwargs
+        merged = self._merge_kwargs(FlashSlothProcessorKwargs, tokenizer_init_kwargs=own, **given)
+        text_options = merged["text_kwargs"]
+        for name in IGNORED_OPTIONS:
+            if text_options.get(name) and name not in own:
+                logger.warning_once(f"{name!r} is no option of FlashSlothProcessor; ignored")
+        is_used = truncates(text_options) or text_options.get("padding") == PaddingStrategy.MAX_LENGTH
+        given_text = {**given, **(given.get("text_kwargs") or {})}
+        if not is_used and "max_length" not in given_text:  # as with the tokenizer, whose limit then says nothing
+            text_options.pop("max_length", None)
+        return text_options, merged["images_kwargs"]
+
     def _template(self, name_or_template: str | None) -> str:
         own = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if name_or_template is None:
             name_or_template = "default"
             if name_or_template not in own:
                 raise ValueError(f"none of the chat templates {sorted(own)} is the default; name one as chat_template")
-        return own.get(name_or_template) or BUILT_IN_TEMPLATES.get(name_or_template) or name_or_template
+        if not isinstance(name_or_template, str):
+            raise ValueError(f"chat_template must be a string, got {type(name_or_template).__name__}")
+        template = own.get(name_or_template) or BUILT_IN_TEMPLATES.get(name_or_template) or name_or_template
+        if not isinstance(template, str):
+            raise ValueError(f"the chat template {name_or_template!r:.80} is no string, but {type(template).__name__}")
+        return template
 
     def _call_options(self) -> set[str]:
         image_options = self.image_processor.valid_kwargs.__annotations__
         return {"text_kwargs", "images_kwargs", "common_kwargs", *FlashSlothTextKwargs.__annotations__, *image_options}
-
-    def _render(
-        self, conversations: Sequence[Any], template: str, with_spans: bool, **variables: Any
-    ) -> tuple[list[str], list[Sequence], list[list[Any]]]:
-        """Prompts, answer spans (start, stop) in each, and the image sources of each."""
-        messages, sources = [], []
-        for row, conversation in enumerate(conversations):
-            with _naming_row(row, len(conversations)):
-                normalized, images = normalize_conversation(conversation, self.prompt_text)
-            messages.append(normalized)
-            sources.append(images)
-        variables = {
-            **self.tokenizer.special_tokens_map,
-            "image_token": self.image_token,
-            "query_token": self.query_token if self.num_query_tokens else "",
-            "question_marker": self.question_marker,
-            **variables,
-        }
-        try:
-            prompts, spans = render_jinja_template(
-                messages, chat_template=template, return_assistant_tokens_mask=with_spans, **variables
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        return prompts, spans or [()] * len(prompts), sources
 
     def _encode_batch(
         self,
@@ -404,31 +407,35 @@ class FlashSlothProcessor(ProcessorMixin):
             images = match_images(images, counts, self.image_token)
             if images and text_options.get("return_pixel_values") is not False:
                 pixels = self.image_processor(images, **{**image_options, "return_tensors": None})["pixel_values"]
-        return self._stack(features, pixels, text_options)
+        return stack_rows(features, pixels, self.tokenizer, text_options)
 
     def _encode_rows(self, rows: list[list[Piece]], options: Mapping[str, Any]) -> list[Features]:
         """Token tensors of each row, unpadded. All texts of the batch go to the tokenizer at once."""
         if self.num_query_tokens:
             for row, pieces in enumerate(rows):
-                with _naming_row(row, len(rows)):
+                with naming_row(row, len(rows)):
                     mark_questions(pieces, self.user_header)
         tokenize_pieces(rows, self.tokenizer, self._cached("opens_texts", self._opens_texts))
         expansion = self._expansion(rows, options.get("add_special_tokens") is not False)
         limit, limit_name = options.get("max_length"), "max_length"
         if limit is None:
             limit, limit_name = self.tokenizer.model_max_length, "the tokenizer's model_max_length"
-        truncation = options.get("truncation") not in (None, False, "do_not_truncate")
+        truncation = truncates(options)
         features = []
         for row, pieces in enumerate(rows):
-            with _naming_row(row, len(rows)):
+            with naming_row(row, len(rows)):
                 encoded_row = encode_pieces(pieces, expansion)
                 if limit < NO_LIMIT:
                     side = self.tokenizer.truncation_side
                     encoded_row = fit_to_length(encoded_row, limit, truncation, side, expansion, limit_name)
             if options.get("return_assistant_tokens_mask"):
                 encoded_row["assistant_masks"] = (encoded_row["labels"] != IGNORED_LABEL).astype(np.int64)
+            if options.get("return_mm_token_type_ids"):
+                encoded_row["mm_token_type_ids"] = (encoded_row["input_ids"] == self.image_token_id).astype(np.int64)
             if not options.get("return_labels"):
                 del encoded_row["labels"]
+            if not (self._wants_mask if (wanted := options.get("return_attention_mask")) is None else wanted):
+                del encoded_row["attention_mask"]
             features.append(encoded_row)
         return features
 
@@ -443,56 +450,14 @@ class FlashSlothProcessor(ProcessorMixin):
             prefix_ids=self._cached("prefix_ids", self._find_prefix_ids) if add_special_tokens else (),
         )
 
-    def _stack(self, rows: Sequence[Features], pixels: np.ndarray | None, options: Mapping[str, Any]) -> BatchFeature:
-        tensor_type = options.get("return_tensors")
-        strategy = PaddingStrategy.LONGEST if options.get("padding") is True else options.get("padding")
-        if strategy in (None, False, PaddingStrategy.DO_NOT_PAD):
-            lengths = {len(row["input_ids"]) for row in rows}
-            if len(lengths) > 1 and tensor_type is not None:
-                raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens need padding=True to form a tensor")
-        length = None
-        if strategy == PaddingStrategy.MAX_LENGTH:
-            length = options.get("max_length") or self.tokenizer.model_max_length
-            if length >= NO_LIMIT:
-                raise ValueError('padding="max_length" needs max_length: the tokenizer has no limit of its own')
-        if strategy in (None, False, PaddingStrategy.DO_NOT_PAD) and tensor_type is None:
-            names = [name for name in rows[0] if any(len(row[name]) for row in rows)]
-            data: dict[str, Any] = {name: [row[name].tolist() for row in rows] for name in names}
-        else:
-            side = options.get("padding_side") or self.tokenizer.padding_side
-            multiple = options.get("pad_to_multiple_of")
-            data = dict(pad_features(rows, self.tokenizer.pad_token_id, length, multiple, side))
-            if tensor_type is None:
-                data = {name: value.tolist() for name, value in data.items()}
-        if pixels is not None:
-            data["pixel_values"] = pixels
-        return BatchFeature(data, tensor_type=tensor_type)
-
 
 # Any text that a tokenizer turns into tokens of its own.
 PROBE = "a"
 
 
-@contextmanager
-def _naming_row(row: int, rows: int) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if rows == 1:
-            raise
-        raise ValueError(f"row {row}: {error}") from error
-
-
-def _without_batch_axis(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample as arrays, (T,) instead of (1, T)."""
-    arrays = {name: np.asarray(value) for name, value in row.items() if value is not None}
-    for name, value in arrays.items():
-        if name == "pixel_values" or value.ndim == 1:
-            continue
-        if value.ndim != 2 or value.shape[0] != 1:
-            raise ValueError(f"pad takes single samples; {name} of one has shape {value.shape}")
-        arrays[name] = value[0]
-    return arrays
+def truncates(options: Mapping[str, Any]) -> bool:
+    """Whether options of a tokenizer ask for truncation."""
+    return options.get("truncation") not in (None, False, "do_not_truncate")
 
 
 __all__ = ["FlashSlothProcessor"]

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.modeling_flashsloth import FlashSlothModel
+from ..model.positions import complete_positions
 
 
 def add_blank_images(model: nn.Module) -> RemovableHandle:
@@ -62,12 +63,13 @@ def _blank_image(owner: FlashSlothModel, inputs: dict[str, Any]) -> dict[str, An
     """Model inputs that replace those of a text-only batch; (B, T) ids become (B, T, D) embeddings."""
     ids_BT, config = inputs["input_ids"], owner.config
     # embeddings go in place of ids, with which the model insists that every image has a placeholder; so check first
-    _, query_positions_BG = owner._complete_positions(ids_BT, None, None, inputs.get("query_positions"), 0)
+    embeddings = owner.get_input_embeddings()
+    _, query_positions_BG = complete_positions(config, embeddings, 0, None, inputs.get("query_positions"), 0, ids_BT)
     shape = (1, config.num_views, config.vision_config.num_channels, config.image_height, config.image_width)
     return {
         "image_features": owner.get_image_features(torch.zeros(shape, device=ids_BT.device)),
         "input_ids": None,
-        "inputs_embeds": owner.get_input_embeddings()(ids_BT),
+        "inputs_embeds": embeddings(ids_BT),
         "image_positions": torch.full((ids_BT.shape[0], 1), -1, dtype=torch.long, device=ids_BT.device),
         "query_positions": query_positions_BG,
     }
