@@ -111,6 +111,11 @@ class FlashSlothGenerationMixin(GenerationMixin):
             taken = inspect.signature(assistant_model.forward).parameters
             dropped = [name for name in PROMPT_INPUTS if name not in taken]
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in dropped}
+            if (features := model_kwargs.get("image_features")) is not None:  # copied, which a graph forbids
+                model_kwargs["image_features"] = BaseModelOutputWithPooling(
+                    last_hidden_state=features.last_hidden_state.detach(),
+                    pooler_output=features.pooler_output.detach(),
+                )
         generator = super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
