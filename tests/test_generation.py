@@ -1,4 +1,4 @@
-"""Every way in which transformers generates gives the answer of the plain one: no cache, embeddings, assistants, PEFT."""
+"""Every way of generating gives the answer of the plain one: no cache, embeddings, assistants, virtual tokens."""
 
 import copy
 
@@ -86,37 +86,22 @@ def test_assistant(prompt, assistant):
 
 
 @pytest.mark.parametrize("decoder", ["phi", "qwen3"])
-def test_prompt_lookup_does_not_copy_placeholders(decoder):
-    """A turn that repeats itself: what follows its last words is an image, or a query group."""
+@pytest.mark.parametrize("end", [[20], [20, 21], [11], [30]])
+@pytest.mark.parametrize("suppressed", [True, False])
+def test_prompt_lookup_in_a_prompt_that_repeats_itself(decoder, end, suppressed):
+    """What follows its last words is text, a query group, an image, or another turn."""
     model = tiny_model(decoder)
-    for head in ([11, 12], []):
-        ids = [
-            *head,
-            *[IMAGE] * 4,
-            20,
-            21,
-            QUERY,
-            QUERY,
-            30,
-            *head,
-            *[IMAGE] * 4,
-            20,
-            21,
-            QUERY,
-            QUERY,
-            30,
-            *head,
-            20,
-            21,
-        ]
-        row = torch.tensor([ids])
-        questions = torch.zeros_like(row)
-        for group, first in enumerate((row[0] == QUERY).nonzero().flatten().tolist()[::2], start=1):
-            questions[0, first - 2 : first] = group
-        pixels = build_rows(model.config, [[(2, 1, 1)]])["pixel_values"]
-        batch = {"input_ids": row, "pixel_values": pixels, "question_ids": questions}
-        expected = model.generate(**batch, **GREEDY).tolist()
-        assert model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=5).tolist() == expected
+    if not suppressed:
+        model.generation_config.suppress_tokens = None
+    turn = [11, *[IMAGE] * 4, 20, 21, QUERY, QUERY, 30]
+    row = torch.tensor([[*turn, *turn, *end]])
+    question_ids = torch.zeros_like(row)
+    for group, first in enumerate((row[0] == QUERY).nonzero().flatten().tolist()[::2], start=1):
+        question_ids[0, first - 2 : first] = group
+    pixels = build_rows(model.config, [[(2, 1, 1)]])["pixel_values"]
+    batch = {"input_ids": row, "pixel_values": pixels, "question_ids": question_ids}
+    expected = model.generate(**batch, **GREEDY).tolist()
+    assert model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=5).tolist() == expected
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}, {"num_beams": 2}])
