@@ -17,7 +17,7 @@ from torch.nn import functional
 INPUTS_KEYWORD = "embedded_query_inputs"
 
 
-@dataclass(frozen=True)
+@dataclass
 class EmbeddedQueryInputs:
     """What the module needs beside the hidden states; made once per forward pass.
 
@@ -36,8 +36,10 @@ class EmbeddedQueryInputs:
     query_index_BGQ: Tensor
 
 
-# exporters and tensor-parallel wrappers take arguments apart and put them together again
-torch.export.register_dataclass(EmbeddedQueryInputs)
+# exporters take the arguments of a component apart, put them together again, and save their structure by name
+torch.export.register_dataclass(
+    EmbeddedQueryInputs, serialized_type_name=f"{EmbeddedQueryInputs.__module__}.{EmbeddedQueryInputs.__qualname__}"
+)
 
 
 def embedded_query_inputs(
