@@ -405,7 +405,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
             The others: see `FlashSlothModel.forward`.
         """
         # no parameter of its own, or the Trainer takes it for one of the names of labels that every batch has
-        shift_labels = kwargs.pop("shift_labels", None)
+        if (shift_labels := kwargs.pop("shift_labels", None)) is not None:
+            shift_labels = shift_labels.contiguous()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
