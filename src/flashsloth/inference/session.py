@@ -40,7 +40,8 @@ def load(
         device: "auto" (CUDA, MPS, CPU), or a torch device.
         dtype: "auto" (as saved; float32 on a CPU), "float32", "bfloat16" or "float16".
         quantization: scheme of `quantization.quantize_`, applied in memory, on the device.
-        compile, share_equal_views: as in `FlashSloth`.
+        compile: as in `Runtime`.
+        share_equal_views: as in `Runtime`.
         kernels: "auto" packs layers for oneDNN on a CPU (`kernels.packed_layers`), after which the model only answers;
             "torch" leaves it as it is, to be trained or moved.
 

@@ -253,7 +253,8 @@ def quantize_folder(
     Args:
         name: as in `inference.load`.
         destination: folder to write; appears whole or not at all.
-        scheme, encoder: as in `quantize_`.
+        scheme: as in `quantize_`.
+        encoder: as in `quantize_`.
         dtype: of what is not quantized; "auto" as saved.
         overwrite: replace a folder that is not empty.
 

@@ -91,7 +91,7 @@ def _refuse_in_words(init: Callable[..., None]) -> Callable[..., None]:
 class FlashSlothConfig(PreTrainedConfig):
     """Sizes and wiring of a FlashSloth model.
 
-    Args:
+    Attributes:
         vision_config: configuration of the vision encoder (any ViT known to `AutoModel`); default SigLIP so400m.
         text_config: configuration of the causal language model (any known to `AutoModelForCausalLM`); default Phi-2.
         image_token_id: token id whose embedding is replaced by a visual token.

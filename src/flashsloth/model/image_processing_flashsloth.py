@@ -44,10 +44,14 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         size: {"height", "width"} of a view, in pixels.
         view_grid: `None`, or [rows, columns] of the tiles.
         resample: filter of the resizing.
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: pixel -> (pixel * factor - mean) / std. The
-            square is padded with int(255 * mean).
+        do_rescale: multiply pixels by `rescale_factor`.
+        rescale_factor: from 8-bit pixels to the range of the mean.
+        do_normalize: pixel -> (pixel - mean) / std.
+        image_mean: of all channels or of each; the square is padded with int(255 * mean).
+        image_std: of all channels or of each.
         alpha_background: colour put under transparent pixels; `None` drops the alpha channel.
-        max_pixels, max_bytes: images beyond these are refused (see `load_image`).
+        max_pixels: an image with more is refused (see `load_image`).
+        max_bytes: a file or download with more is refused.
     """
 
     model_input_names = ["pixel_values"]

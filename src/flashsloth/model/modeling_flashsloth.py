@@ -246,12 +246,13 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             attention_mask: (B, T) or longer with a cache; 1 = token.
             position_ids: (B, T) int64. Without mask and with use_cache=False, positions that start again begin another
                 packed sample, which shares neither attention nor images with those before it.
-            past_key_values, cache: the key-value cache, by its name before transformers 5.24 or the one since then.
+            past_key_values: the key-value cache, by its name before transformers 5.24.
+            cache: the same, by its name since then.
             image_features: result of `get_image_features`, instead of `pixel_values`.
             image_positions: (B, K) int64, first placeholder of each image of the row, -1 where there is none.
             query_positions: (B, G) int64, first query token of each group, -1 where there is none.
             question_ids: (B, T) int64, g on the tokens of the question of the row's g-th group (from 1), else 0.
-            With a cache the last three describe the whole row, past tokens included; what is past is skipped.
+                With a cache the last three describe the whole row, past tokens included; what is past is skipped.
             mm_token_type_ids: not used; the positions say the same.
 
         Raises:
@@ -393,7 +394,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> FlashSlothOutput | tuple:
-        """Logits, and the loss where `labels` (B, T; -100 = ignored) are given.
+        """Logits, and the loss where `labels` (B, T; -100 = ignored) are given; the rest as in `FlashSlothModel`.
 
         Args:
             logits_to_keep: compute logits for this many last positions only (0 = all), or for these indices.
@@ -402,7 +403,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
             num_items_in_batch: labelled tokens of the whole optimiser step, for exact gradient accumulation.
             kwargs: `shift_labels` (B, T), labels that stand where they are predicted, which is one before the token;
                 they come before `labels`. What else there is goes to the language model.
-            The others: see `FlashSlothModel.forward`.
         """
         # no parameter of its own, or the Trainer takes it for one of the names of labels that every batch has
         if (shift_labels := kwargs.pop("shift_labels", None)) is not None:

@@ -73,9 +73,11 @@ class FlashSlothProcessor(ProcessorMixin):
         chat_template: Jinja template, or a dict of them by name; default the published checkpoints' conversation.
         num_image_tokens: visual tokens of one image, all its views together (`config.num_image_tokens`).
         num_query_tokens: query tokens of a group, 0 for a model without (`config.num_query_tokens`).
-        image_token, query_token: placeholders in text.
+        image_token: placeholder of a visual token in text.
+        query_token: placeholder of a learned query token.
         question_marker: zero-width mark that templates put before a question; never a token.
-        user_header, assistant_header: where questions and answers begin in prompts written by hand, without marker.
+        user_header: where a question begins in prompts written by hand, without marker.
+        assistant_header: where an answer begins there.
     """
 
     valid_processor_kwargs = FlashSlothProcessorKwargs
