@@ -423,4 +423,4 @@ def test_a_model_that_transformers_lacks_is_left_out(monkeypatch: pytest.MonkeyP
 def test_the_document_shows_what_the_command_prints() -> None:
     assert available_models() == list(MODELS)
     costs = [default_cost(name) for name in MODELS]
-    assert token_markdown(costs, 64, "bfloat16", 1) in (ROOT / "docs" / "efficiency.md").read_text()
+    assert token_markdown(costs, 64, "bfloat16", 1) in (ROOT / "docs" / "efficiency-tables.md").read_text()
