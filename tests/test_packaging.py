@@ -118,7 +118,7 @@ def test_ci_runs_lint_and_tests_and_passes_on_their_failure(tmp_path: Path, stat
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(["bash", str(ROOT / ".ci" / "run")], env=environment)
     assert result.returncode == status
-    assert record.read_text().split() == ["lint", "test"]
+    assert record.read_text().split() == ["lint", "docs", "test"]
 
 
 def test_make_has_its_targets() -> None:
