@@ -1,19 +1,31 @@
-"""Every Python block and every command of the documents works."""
+"""Every Python block and every command of the documents works, every page is linked, and its picture is current."""
 
+import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flashsloth.hub import ASSETS
+from flashsloth.study.config import load_study
 from flashsloth_cli.main import COMMANDS, LazyCommand, main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 # Pages whose blocks build on each other: one test runs them in order, in one folder.
 ORDERED = ("finetuning.md",)
+# What else may stand in a block: that of data.md is checked by test_data_documents.py, text by nobody.
+OTHER_BLOCKS = {
+    "data.md": {"yaml", "json"},
+    "finetuning.md": {"yaml", "text"},
+    "study.md": {"yaml"},
+    "training.md": {"bash"},
+}
 BLOCK = re.compile(r"^```([a-z]*)( norun)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -124,5 +136,60 @@ def test_readme_is_short():
 
 def test_links_lead_somewhere():
     for path in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_block_is_checked():
+    for path in DOCUMENTS:
+        # superfences and GitHub take more for a fence than the expression above does
+        assert len(BLOCK.findall(path.read_text())) * 2 == len(re.findall(r"^ *```", path.read_text(), re.MULTILINE))
+        languages = {language for language, _, _ in BLOCK.findall(path.read_text())}
+        assert languages <= {"sh", "python", *OTHER_BLOCKS.get(path.name, ())}, path.name
+
+
+def test_the_study_is_valid(tmp_path):
+    ((text, _),) = blocks(ROOT / "docs" / "study.md", "yaml")
+    base = ROOT / "configs" / "studies" / yaml.safe_load(text)["base"]
+    (tmp_path / "queries.yaml").write_text(text.replace(base.name, str(base)))
+    assert load_study(tmp_path / "queries.yaml").reference == "small"
+
+
+def test_shell_scripts_can_be_parsed():
+    for text, _ in blocks(ROOT / "docs" / "training.md", "bash"):
+        subprocess.run(["bash", "-n", "-c", text], check=True)
+
+
+def test_pages_say_first_what_they_are_for():
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        title, opening = path.read_text().split("\n\n")[:2]
+        assert title.startswith("# ") and opening.startswith("After this page you "), path.name
+
+
+def test_every_page_stands_in_the_tables_of_contents():
+    """Of the README, and of the site."""
+    readme, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    for path in PAGES:
+        name = path.relative_to(ROOT / "docs").as_posix()
+        assert re.search(rf" {re.escape(name)}$", site, re.MULTILINE), name
+        assert path.parent.name == "api" or f"| [docs/{name}](docs/{name}) |" in readme, name
+    assert "| [docs/api/index.md](docs/api/index.md) |" in readme
+
+
+@pytest.fixture
+def drawing():
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "scripts" / "draw_architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_storeys_is_current(drawing):
+    assert drawing.PICTURE.read_text() == drawing.picture(), "run python scripts/draw_architecture.py"
+
+
+def test_the_table_of_the_storeys_is_that_of_the_contracts(drawing):
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    shown = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if re.match(r"\| `\w+`", line)]
+    levels = [[package.removeprefix("flashsloth.") for package in level] for level in drawing.storeys()]
+    assert shown[: len(levels)] == levels
