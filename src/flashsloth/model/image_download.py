@@ -22,7 +22,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urljoin
 from urllib.request import getproxies, proxy_bypass
 
+from .image_decoding import shorten
+
 MAX_REDIRECTS = 5
+MAX_URL_LENGTH = 1 << 20  # far more than any server reads
+MAX_AUTHORITY_LENGTH = 4096  # names have at most 253 letters, quoted ones twelve times that
 MAX_TIMEOUT_SECONDS = 1e6  # sockets take no more than 24 days
 CHUNK_BYTES = 65536
 # Some servers answer a client that names itself as nothing, or as Python, with an error.
@@ -82,7 +86,7 @@ def download(url: str, max_bytes: int, timeout: float, allow_private_urls: bool 
     deadline = time.monotonic() + min(timeout, MAX_TIMEOUT_SECONDS)
     target = url
     for _ in range(MAX_REDIRECTS + 1):
-        name = f"image {_shorten(url)!r}" + (f" (redirected to {_shorten(target)!r})" if target != url else "")
+        name = f"image {shorten(url)!r}" + (f" (redirected to {shorten(target)!r})" if target != url else "")
         try:
             address = _parse(target)
             with (
@@ -96,12 +100,8 @@ def download(url: str, max_bytes: int, timeout: float, allow_private_urls: bool 
         except TimeoutError as error:
             raise ValueError(f"{name} did not arrive within {timeout:g} seconds") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ValueError(f"{name} cannot be fetched: {_shorten(_cause(error))}") from error
-    raise ValueError(f"image {_shorten(url)!r} cannot be fetched: more than {MAX_REDIRECTS} redirects")
-
-
-def _shorten(text: str, length: int = 200) -> str:
-    return text if len(text) <= length else f"{text[:length]}..."
+            raise ValueError(f"{name} cannot be fetched: {shorten(_cause(error))}") from error
+    raise ValueError(f"image {shorten(url)!r} cannot be fetched: more than {MAX_REDIRECTS} redirects")
 
 
 def _cause(error: Exception) -> str:
@@ -132,6 +132,8 @@ class _Address(NamedTuple):
 
 
 def _parse(url: str) -> _Address:
+    if len(url) > MAX_URL_LENGTH:
+        raise ValueError(f"it has {len(url):,} characters, more than the limit of {MAX_URL_LENGTH:,}")
     match = URL_PARTS.fullmatch(re.sub(r"[\t\r\n]", "", url.strip(CONTROLS_AND_SPACE)))
     if match is None:
         raise ValueError("it is not an http or https address")
@@ -139,8 +141,8 @@ def _parse(url: str) -> _Address:
     if "@" in authority:
         raise ValueError("it has a user name before its host, which is not supported; fetch the file yourself")
     match = AUTHORITY_PARTS.fullmatch(authority)
-    if match is None:
-        raise ValueError(f"{authority!r} is not a host and a port")
+    if match is None or len(authority) > MAX_AUTHORITY_LENGTH:
+        raise ValueError(f"{shorten(authority)!r} is not a host and a port")
     host, port = match.groups()
     scheme = scheme.lower()
     if int(port or 0) > 65535:
@@ -207,10 +209,13 @@ def _connect(
 ) -> Iterator[tuple[socket.socket, str, dict[str, str]]]:
     """A connection over which to ask for an address, and what to ask for: its path, or its URL from a proxy."""
     proxy, proxy_headers = _find_proxy(address, deadline)
-    places = [] if proxy is not None and allow_private_urls else _resolve(address, deadline)
-    for *_, place in [] if allow_private_urls else places:
+    if proxy is None:
+        places = _resolve(address, deadline)
+    elif not allow_private_urls:
+        places = _resolve(address, deadline, " here to check that it is public (allow_private_urls leaves that out)")
+    for *_, place in places if not allow_private_urls else ():
         if not is_public_address(place[0]):
-            host = _shorten(address.host, 80)
+            host = shorten(address.host, 80)
             raise ValueError(f"{host} is the address {place[0]}, which is not public (allow_private_urls permits it)")
     connection = _open_socket(places if proxy is None else _resolve(proxy, deadline), deadline)
     target, headers = address.target, {"Host": address.authority, **HEADERS}
@@ -251,12 +256,13 @@ def _find_proxy(address: _Address, deadline: float) -> tuple[_Address | None, di
     return proxy, {"Proxy-Authorization": "Basic " + base64.b64encode(unquote(user).encode()).decode()}
 
 
-def _resolve(address: _Address, deadline: float) -> list[tuple]:
+def _resolve(address: _Address, deadline: float, why: str = "") -> list[tuple]:
     resolve = functools.partial(socket.getaddrinfo, address.host, address.port, type=socket.SOCK_STREAM)
     try:
         return _within(deadline, resolve)
     except (socket.gaierror, UnicodeError) as error:
-        raise ValueError(f"the name {_shorten(address.host, 80)} cannot be resolved here: {_cause(error)}") from error
+        host = shorten(address.host, 80)
+        raise ValueError(f"the name {host} cannot be resolved{why}: {_cause(error)}") from error
 
 
 def is_public_address(address: str) -> bool:
