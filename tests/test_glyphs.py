@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from flashsloth.data.glyphs import CHARACTERS, glyph_tensor
 from flashsloth.synthetic import render
 from flashsloth.synthetic.augment import rotate
 from flashsloth.synthetic.fonts import TextDraw, draw_text
 from flashsloth.synthetic.sample import Glyph
 from flashsloth.train.build import build
-from flashsloth.train.glyphs import CHARACTERS, GlyphSupervision, glyph_tensor, patch_labels
+from flashsloth.train.glyphs import GlyphSupervision, patch_labels
 from flashsloth.train.recipe import load_recipe, parse_recipe
 from flashsloth.train.run import run
 

@@ -14,13 +14,12 @@ from .broken import BrokenSamples
 from .collator import Collator
 from .dataset import build_collator, build_source
 from .inspection import Inspection, Inspector, inspect_record
-from .recipe import MixtureData, is_streamed
+from .recipe import MixtureData, RecipeSettings, StageSettings, is_streamed
 from .sampler import ModalityLengthSampler
 from .streams import RecordStream
 
 if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
-    from ..train.recipe import Recipe, StageRecipe
 
 # Rendered samples cannot be broken; a few tell their lengths.
 RENDERED_SAMPLES = 256
@@ -164,7 +163,7 @@ def summarize_lengths(values: np.ndarray) -> dict[str, Any]:
 
 
 def check_recipe(
-    recipe: "Recipe",
+    recipe: RecipeSettings,
     processor: "FlashSlothProcessor",
     image_size: int,
     limit: int | None = None,
@@ -215,7 +214,7 @@ def check_recipe(
     return Report(reports, stage_reports, findings)
 
 
-def _parts(recipe: "Recipe", stage: "StageRecipe") -> list[str]:
+def _parts(recipe: RecipeSettings, stage: StageSettings) -> list[str]:
     source = recipe.data[stage.data]
     return list(source.sources) if isinstance(source, MixtureData) else [stage.data]
 
@@ -283,8 +282,8 @@ def _findings(source: str, inspection: Inspection, places: dict[str, str]) -> It
 
 
 def _stage_report(
-    recipe: "Recipe",
-    stage: "StageRecipe",
+    recipe: RecipeSettings,
+    stage: StageSettings,
     sources: dict[str, Any],
     lengths: dict[str, StageSourceReport],
     image_tokens: int,

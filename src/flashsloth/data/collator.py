@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.processing_flashsloth import NO_LIMIT
-from ..train.glyphs import glyph_tensor
 from .cache import EncodedSample, split_rows
+from .glyphs import glyph_tensor
 from .packing import IGNORED_LABEL, pack
 from .schema import Record, Sample, count_images
 from .transport import Batch

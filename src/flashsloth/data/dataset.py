@@ -7,16 +7,24 @@ from torch.utils.data import Dataset
 from .cache import SampleCache
 from .collator import Collator
 from .mixture import BLOCK, MixedSamples, MixedStream
-from .recipe import DataRecipe, LlavaData, MessagesData, MixtureData, SyntheticData, is_streamed
+from .recipe import (
+    DataRecipe,
+    LlavaData,
+    MessagesData,
+    MixtureData,
+    RecipeSettings,
+    StageSettings,
+    SyntheticData,
+    is_streamed,
+)
 from .sources import LlavaSamples, MessagesSamples, RecordedSamples, SyntheticSamples
 from .streams import MessagesStream, WebdatasetStream
 
 if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
-    from ..train.recipe import Recipe, StageRecipe
 
 
-def build_dataset(recipe: "Recipe", stage: "StageRecipe", image_size: int) -> Any:
+def build_dataset(recipe: RecipeSettings, stage: StageSettings, image_size: int) -> Any:
     """The training data of a stage, map-style or a stream; items are `Record` or `Sample`.
 
     Args:
@@ -50,7 +58,7 @@ def build_source(source: DataRecipe, name: str, seed: int, image_size: int, turn
 
 
 def build_collator(
-    recipe: "Recipe", stage: "StageRecipe", processor: "FlashSlothProcessor", slots: int | None = None
+    recipe: RecipeSettings, stage: StageSettings, processor: "FlashSlothProcessor", slots: int | None = None
 ) -> Collator:
     """What makes the batches of a stage.
 

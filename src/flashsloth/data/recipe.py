@@ -1,7 +1,8 @@
-"""The `data` section of a recipe: strict dataclasses, one kind of source each."""
+"""The `data` section of a recipe: strict dataclasses, one kind of source each; and what is read of the rest of it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -104,6 +105,59 @@ DataRecipe = Annotated[
 ]
 
 
+class StageSettings(Protocol):
+    """What preparing data reads of a stage (`train.recipe.StageRecipe`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]: ...
+    @property
+    def epochs(self) -> float | None: ...
+    @property
+    def max_steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def gradient_accumulation(self) -> int: ...
+    @property
+    def turns(self) -> int | None: ...
+    @property
+    def glyph_loss(self) -> float: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def group_by(self) -> str: ...
+    @property
+    def packing(self) -> bool: ...
+    @property
+    def pad_to_multiple_of(self) -> int | None: ...
+
+
+class ModelSettings(Protocol):
+    """What preparing data reads of the section `model`."""
+
+    @property
+    def attention(self) -> str: ...
+
+
+class RecipeSettings(Protocol):
+    """What preparing data reads of a recipe (`train.recipe.Recipe`)."""
+
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def data(self) -> dict[str, Any]: ...
+    @property
+    def stages(self) -> Sequence[StageSettings]: ...
+    @property
+    def seed(self) -> int: ...
+
+
 def is_streamed(source: Any, data: dict[str, Any]) -> bool:
     """Whether a source has a beginning but neither a length nor an index."""
     if isinstance(source, MixtureData):
@@ -131,11 +185,8 @@ def check_mixtures(data: dict[str, Any]) -> None:
             )
 
 
-def check_stage_data(stage: Any, data: dict[str, Any]) -> None:
+def check_stage_data(stage: StageSettings, data: dict[str, Any]) -> None:
     """Refuse what a stage asks of a source that cannot give it.
-
-    Args:
-        stage: a `StageRecipe`.
 
     Raises:
         ValueError: the message names both fields.

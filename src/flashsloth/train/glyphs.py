@@ -9,37 +9,19 @@ Shape suffixes: B images, G glyphs of an image (padded), H W the encoder's grid,
 classes, E width of the encoder.
 """
 
-import string
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..data.glyphs import CHARACTERS
 from ..model.modeling_flashsloth import FlashSlothModel
 
-CHARACTERS = string.ascii_lowercase + string.digits
 CLASSES = len(CHARACTERS) + 1  # class 0: no character
 SLOTS = 2  # characters side by side in a patch
 EMPTY_WEIGHT = 0.15  # of class 0, which is by far the most frequent
 SEED = 0  # of the directions: the same in every run, so that a resumed one goes on with them
-
-
-def glyph_tensor(glyphs: Sequence[Sequence[tuple[str, float, float]]]) -> Tensor:
-    """(class, x, y) of the characters of a batch of images, (B, G, 3) float32; rows are filled up with class 0.
-
-    Args:
-        glyphs: (character, x, y) of each image, both in parts of its width and height; case does not matter, and
-            other characters are left out.
-    """
-    rows = [
-        [(float(CHARACTERS.index(character.lower()) + 1), x, y) for character, x, y in image
-         if character.lower() in CHARACTERS]
-        for image in glyphs
-    ]  # fmt: skip
-    longest = max([1, *map(len, rows)])
-    return torch.tensor([row + [(0.0, 0.0, 0.0)] * (longest - len(row)) for row in rows])
 
 
 def patch_labels(glyphs_BG3: Tensor, height: int, width: int) -> Tensor:
@@ -83,7 +65,7 @@ class GlyphSupervision:
         """Mean over the patches of the batch of the last forward pass, a float32 scalar.
 
         Args:
-            glyphs_BG3: of `glyph_tensor`.
+            glyphs_BG3: of `data.glyphs.glyph_tensor`.
         """
         assert self._features_BHWE is not None, "call it after the forward pass"
         features_BHWE, self._features_BHWE = self._features_BHWE, None
