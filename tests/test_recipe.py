@@ -1,6 +1,10 @@
+import datetime
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashsloth import FlashSlothConfig
 from flashsloth.train.recipe import dump_recipe, load_recipe, parse_recipe, with_accumulation
@@ -191,3 +195,178 @@ def test_duplicate_keys_and_missing_files_are_refused(tmp_path):
         load_recipe(path)
     with pytest.raises(ValueError, match="cannot read recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+TEXT = dump_recipe(parse_recipe(minimal()))
+
+
+def load_text(folder: Path, text: str | bytes):
+    path = folder / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize("written", ["0012", "12:30:45", "2024-01-01", "1.2.3", "0x", "1_", "2024-01-01T00:00:00Z"])
+def test_text_that_yaml_likes_to_read_as_something_else_stays_as_it_is_written(tmp_path, written):
+    recipe = load_text(
+        tmp_path,
+        TEXT.replace("output_dir: out", f"output_dir: {written}").replace(
+            "name: only", f"name: {written.replace(':', '-')}"
+        ),
+    )
+    assert recipe.output_dir == Path(written) and recipe.stages[0].name == written.replace(":", "-")
+    assert load_recipe(tmp_path / "recipe.yaml", [f"output_dir={written}"]).output_dir == Path(written)
+
+
+@pytest.mark.parametrize("name", ["no", "0012", "1e5", "null", "2024", "~"])
+def test_keys_are_text_as_they_are_written(tmp_path, name):
+    text = TEXT.replace("rendered:", f"{name}:").replace("data: rendered", f"data: {name!r}")
+    assert list(load_text(tmp_path, text).data) == [name]
+
+
+@pytest.mark.parametrize("written", ["no", "1e5", "12", "true", "1_000"])
+def test_what_yaml_reads_as_a_value_is_no_text_without_quotes(tmp_path, written):
+    with pytest.raises(ValueError, match=r"stages\.0\.name: .*in quotes"):
+        load_text(tmp_path, TEXT.replace("name: only", f"name: {written}"))
+    assert load_text(tmp_path, TEXT.replace("name: only", f"name: '{written}'")).stages[0].name == written
+    with pytest.raises(ValueError, match=r"output_dir: .*in quotes"):
+        load_text(tmp_path, TEXT.replace("output_dir: out", f"output_dir: {written}"))
+
+
+def test_numbers_and_switches_are_read_as_before(tmp_path):
+    text = TEXT.replace("seed: 0\nprec", "seed: 1_000\nprec").replace("learning_rate: 0.001", "learning_rate: 1e-3")
+    recipe = load_text(tmp_path, text.replace("torch_compile: false", "torch_compile: yes"))
+    assert (recipe.seed, recipe.stages[0].learning_rate, recipe.torch_compile) == (1000, 1e-3, True)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    expected = load_text(tmp_path, TEXT)
+    assert load_text(tmp_path, b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode()) == expected
+
+
+def test_what_an_alias_shares_is_overridden_in_one_place(tmp_path):
+    text = (
+        "model: {checkpoint: a}\noutput_dir: out\ndata: {d: {kind: synthetic, size: 8, weights: {scenes: 1}}}\n"
+        "stages:\n- &first {name: one, data: d, template: chat, train: [projector], learning_rate: 1e-3,"
+        " batch_size: 2, max_steps: 3, learning_rates: {projector: 1e-4}}\n- {<<: *first, name: two}\n"
+    )
+    load_text(tmp_path, text)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["stages.one.learning_rates.projector=1"])
+    assert [stage.learning_rates["projector"] for stage in recipe.stages] == [1.0, 1e-4]
+
+
+LAUGHS = "a0: &a0 [ha, ha]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "aliases repeat too much"),
+        ("a: &a {b: *a}", "'a' refers to itself"),
+        ("a: " + "[" * 3000, "levels deep"),
+        ("- " * 3000, "levels deep"),
+        (TEXT + "license: !!python/object/apply:os.getcwd []\n", "tags such as"),
+        (TEXT + "license: !!binary aGE=\n", "tags such as"),
+        (TEXT + "license: !!int ''\n", "tags such as"),
+        (TEXT + "? [a, b]\n: 1\n", "a key is no single word"),
+        (TEXT + "seed: 1\n", "'seed' appears twice"),
+        (TEXT + 'license: "\\ud83d"\n', "half a surrogate pair"),
+        (b"\xff\xfe\x00r\x00", "not UTF-8"),
+        (bytes(range(256)), "not UTF-8"),
+        ("x" * 2_000_000, "more than the limit"),
+        ("- a\n", "a mapping of keys, got list"),
+        ("", "a mapping of keys, got NoneType"),
+        (TEXT.replace("learning_rate: 0.001", "learning_rate: .nan"), "learning_rate: "),
+        (TEXT.replace("learning_rate: 0.001", "learning_rate: .inf"), "learning_rate: .*finite"),
+        (TEXT.replace("learning_rate: 0.001", "learning_rate: 1e999"), "learning_rate: .*finite"),
+        (TEXT.replace("batch_size: 2", "batch_size: -2"), "batch_size"),
+        (TEXT.replace("batch_size: 2", f"batch_size: {10**30}"), "batch_size"),
+        (TEXT.replace("batch_size: 2", f"batch_size: {'9' * 5000}"), "not valid YAML"),
+        (TEXT.replace("seed: 0\nprec", "seed: -1\nprec"), "seed"),
+        (TEXT.replace("name: only", "name: .."), "taken by the run"),
+        (TEXT.replace("name: only", "name: log.jsonl"), "taken by the run"),
+        (TEXT.replace("name: only", f"name: {'é' * 100_000}"), r"stages\.0\.name"),
+    ],
+)  # fmt: skip
+def test_files_of_a_wrong_shape_end_in_one_sentence(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_text(tmp_path, text)
+    assert str(tmp_path / "recipe.yaml") in str(caught.value) and len(str(caught.value)) < 3000
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")  # reading it would wait for a writer
+    for path in (tmp_path, tmp_path / "pipe.yaml"):
+        with pytest.raises(ValueError, match="cannot read recipe .*no regular file"):
+            load_recipe(path)
+
+
+def test_a_tree_of_other_values_than_settings_is_refused():
+    with pytest.raises(ValueError, match="only text, numbers"):
+        parse_recipe(minimal() | {"output_dir": datetime.date(2024, 1, 1)})
+    with pytest.raises(ValueError, match="surrogate"):
+        parse_recipe(minimal() | {"license": "\ud83d"})
+
+
+OVERRIDES = [
+    "seed",
+    "=1",
+    "a..b=1",
+    "stages.²=1",
+    "stages.0.lora={a: *b}",
+    "seed.x=1",
+    "model.dtype=!!set {a}",
+    "a.\udcff=1",
+]
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_malformed_overrides_are_refused(tmp_path, override):
+    load_text(tmp_path, TEXT)
+    with pytest.raises(ValueError, match="override"):
+        load_recipe(tmp_path / "recipe.yaml", [override])
+
+
+PIECES = [
+    "!!set ",
+    "&a ",
+    "*a",
+    "? ",
+    ": ",
+    "- ",
+    "[",
+    "{",
+    "]",
+    "\t",
+    "0012",
+    "no",
+    "2024-01-01",
+    ".nan",
+    "-1",
+    ">",
+    "'",
+    '"',
+    "\x00",
+    "\u2028",
+    "<<: ",
+    "--- ",
+    "%",
+]
+EDITS = st.lists(
+    st.tuples(st.integers(0, len(TEXT)), st.integers(0, 8), st.sampled_from(PIECES) | st.text(max_size=3)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(EDITS)
+def test_mutations_of_a_recipe_are_read_or_refused(tmp_path_factory, edits):
+    text = TEXT
+    for place, length, piece in edits:
+        text = text[:place] + piece + text[place + length :]
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        load_text(folder, text.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        assert len(str(error)) < 5000

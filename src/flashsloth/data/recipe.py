@@ -9,9 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from ..model.image_loading import DEFAULT_MAX_PIXELS
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-Positive = Annotated[int, Field(gt=0)]
+LARGEST = 2**31 - 1  # of counts: what every library beneath takes
+MOST_BROKEN = 10_000_000  # 80 MB of memory remember which they were
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -36,7 +39,7 @@ class SyntheticData:
 class _Limits:
     """What every source of recorded data is held to."""
 
-    max_broken: Annotated[int, Field(ge=0)] = 0
+    max_broken: Annotated[int, Field(ge=0, le=MOST_BROKEN)] = 0
     """Different broken samples that a process names and skips before the run stops."""
     max_images: Positive = 16
     """Images of one sample; a sample with more is broken."""

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ..data.recipe import Positive
 from ..synthetic.dataset import FAMILIES
-from ..train.recipe import Positive, parse_settings, read_tree
+from ..train.settings import parse_settings, read_tree
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

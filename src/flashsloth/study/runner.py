@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..train.run import LOG_FILE
+from ..train.recipe import LOG_FILE
 from .plan import TRAINING_FOLDER, WORKER_LOG, Run
 
 logger = logging.getLogger(__name__)

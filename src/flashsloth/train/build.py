@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.hub import PACKAGED_MODELS, is_adapter, resolve
 from ..checkpoints.loading import DTYPES, load_model
+from ..data.text_files import read_text
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
@@ -303,6 +304,6 @@ def _copy(source: nn.Module, target: nn.Module, name: str, absent: Iterable[str]
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"model.chat_template: cannot read {path}: {error.strerror}") from error
+        return read_text(Path(path))
+    except ValueError as error:
+        raise ValueError(f"model.chat_template: cannot read {error}") from error

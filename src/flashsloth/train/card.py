@@ -12,9 +12,9 @@ from ..checkpoints.files import replace_file
 from ..checkpoints.folder import read_json, write_json
 from ..data.recipe import DataRecipe, MixtureData, SyntheticData, WebdatasetData
 from .freeze import PartCount
-from .recipe import Recipe, StageRecipe, dump_recipe
+from .recipe import SAMPLES_FILE, Recipe, StageRecipe, dump_recipe
 
-CURVE_FILE, SAMPLES_FILE = "loss.png", "samples.json"
+CURVE_FILE = "loss.png"
 # The curve is smoothed over this share of its points, which leaves its course and takes its noise.
 SMOOTH_POINTS = 100
 

@@ -1,23 +1,21 @@
-"""Training recipes: a strict dataclass tree read from YAML, with `key=value` overrides."""
+"""Training recipes: what they hold, and what contradicts what."""
 
 import dataclasses
-import difflib
-import json
-import re
-import types
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from ..data.recipe import LARGEST, DataRecipe, Fraction, Positive, Seed, check_mixtures, check_stage_data
 from ..data.recipe import STRICT as _STRICT
-from ..data.recipe import DataRecipe, Fraction, Positive, check_mixtures, check_stage_data
 from .freeze import PartName
+from .settings import apply_override, parse_settings, read_tree
 
-Settings = TypeVar("Settings")
+# What a run writes beside the folders of its stages.
+RECIPE_FILE, LOG_FILE, SAMPLES_FILE = "recipe.yaml", "log.jsonl", "samples.json"
+MOST_WORKERS = 1024
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -193,6 +191,8 @@ class StageRecipe:
                     f"stage {self.name!r}: global_batch_size {self.global_batch_size} is no multiple of batch_size "
                     f"{self.batch_size}"
                 )
+        if set(self.name) == {"."} or self.name in (RECIPE_FILE, LOG_FILE, SAMPLES_FILE):
+            raise ValueError(f"stage {self.name!r}: the name is taken by the run's own files; choose another")
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"stage {self.name!r}: train lists a part twice")
 
@@ -218,11 +218,11 @@ class CheckpointRecipe:
 
 @dataclass(config=_STRICT, kw_only=True)
 class LoaderRecipe:
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] = 0
     """Processes that read, render and tokenise."""
     prefetch: Positive = 4
     """Batches each worker prepares ahead."""
-    cache_mb: Annotated[int, Field(ge=0)] = 512
+    cache_mb: Annotated[int, Field(ge=0, le=LARGEST)] = 512
     """Megabytes of encoded samples that are kept in shared memory for later epochs, where a stage draws more samples
     than its data hold; 0 keeps none. Each process of a distributed run has its own."""
 
@@ -247,7 +247,7 @@ class Recipe:
     output_dir: Path
     license: str | None = None
     """Licence of the trained weights for the model card (`apache-2.0`); you know what the data and the base allow."""
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Weights are float32; `bfloat16` and `float16` compute under autocast, the latter with a scaled loss."""
     gradient_checkpointing: bool = False
@@ -309,44 +309,6 @@ def with_accumulation(stage: StageRecipe, num_processes: int) -> StageRecipe:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 read as a number (YAML 1.1 wants 1.0e-3) and duplicate keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ValueError(f"key {key!r} appears twice ({key_node.start_mark})")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """The nested mapping in a YAML file.
-
-    Raises:
-        ValueError: an unreadable file, bad YAML, a key that appears twice, or no mapping.
-    """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys, got {type(tree).__name__}")
-    return tree
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `key=value` overrides.
 
@@ -360,7 +322,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     path = Path(path)
     tree = read_tree(path)
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     recipe = parse_recipe(tree, source=str(path))
     if recipe.model.chat_template is not None:
         recipe.model.chat_template = str((path.parent / recipe.model.chat_template).resolve())
@@ -372,92 +334,6 @@ def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
     return parse_settings(Recipe, tree, source)
 
 
-def parse_settings(kind: type[Settings], tree: dict[str, Any], source: str) -> Settings:
-    """Validate a nested mapping into a strict dataclass; errors name the keys of `source`."""
-    try:
-        # JSON mode is what makes strict validation accept mappings for dataclasses and text for paths.
-        return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {_explain(kind, item)}" for item in error.errors())) from error
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back."""
     return yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False)
-
-
-def _explain(kind: type, item: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        valid = _valid_keys(kind, item["loc"][:-1])
-        nearest = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.0)
-        hint = f"; the nearest valid key is {nearest[0]!r}" if nearest else ""
-        return f"unknown key {where!r}{hint} (valid: {', '.join(valid)})"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return message
-    value = "" if item["type"] == "missing" else f", got {item['input']!r}"
-    return f"{where}: {message}{value}"
-
-
-def _valid_keys(kind: type, location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the dataclass found at a pydantic error location below `kind`."""
-    current: Any = kind
-    for step in location:
-        current = _child(current, step)
-    options = [option for option in _options(current) if dataclasses.is_dataclass(option)]
-    return [field.name for field in dataclasses.fields(options[0])] if len(options) == 1 else []
-
-
-def _options(annotation: Any) -> list[Any]:
-    """The members of a (possibly annotated) union; a single type is a union of one."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
-
-
-def _child(annotation: Any, step: int | str) -> Any:
-    """The annotation one location step below: a field, an element, or the member of a tagged union."""
-    for option in _options(annotation):
-        if dataclasses.is_dataclass(option):
-            fields = {field.name: field.type for field in dataclasses.fields(option)}
-            if step in get_args(fields.get("kind")):
-                return option
-            if step in fields:
-                return fields[str(step)]
-        elif get_origin(option) in (list, dict):
-            return get_args(option)[-1]
-    return None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"override {override!r} is not of the form key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    *parents, last = key.split(".")
-    node: Any = tree
-    for depth, step in enumerate(parents):
-        prefix = ".".join(parents[: depth + 1])
-        if isinstance(node, list):
-            node = node[_list_index(node, step, prefix)]
-        elif isinstance(node, dict):
-            node = node.setdefault(step, {})
-        if not isinstance(node, (dict, list)):
-            raise ValueError(f"override {override!r}: {prefix} is a single value and has no fields")
-    if isinstance(node, list):
-        node[_list_index(node, last, key)] = value
-    else:
-        node[last] = value
-
-
-def _list_index(items: list[Any], step: str, where: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if step in names:
-        return names.index(step)
-    if step.isdigit() and int(step) < len(items):
-        return int(step)
-    raise ValueError(f"override: no {where!r}; choose an index below {len(items)} or one of {[n for n in names if n]}")

@@ -23,12 +23,12 @@ from .callbacks import Clock, LogFile, ProgressBar
 from .card import record_samples, write_card
 from .freeze import count_parts, format_counts, set_trainable_parts
 from .kernels import apply_kernels
-from .recipe import Recipe, StageRecipe, dump_recipe, with_accumulation
+from .recipe import LOG_FILE, RECIPE_FILE, Recipe, StageRecipe, dump_recipe, with_accumulation
 from .trainer import StageTrainer, check_launcher, training_arguments, uses_cpu
 
 logger = logging.getLogger(__name__)
 
-MODEL_FOLDER, RECIPE_FILE, LOG_FILE = "model", "recipe.yaml", "log.jsonl"
+MODEL_FOLDER = "model"
 
 
 def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
