@@ -5,6 +5,7 @@ authors' code adds the embedding of one token to them at every forward, here it 
 """
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,12 +16,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
-from .folder import INDEX, TensorFolder, check_destination, read_json, size_of, write_folder, write_json
+from .files import read_json, write_json
+from .folder import TensorFolder, check_destination, size_of, write_folder
 from .official_format import (
     EMBEDDING,
     OFFICIAL_FACTS,
@@ -32,6 +34,8 @@ from .official_format import (
     to_ours,
     to_theirs,
 )
+from .pretrained import DTYPES, load_config, load_tokenizer, reading
+from .untrusted import INDEX, check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ def convert_checkpoint(
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder.")
+    check_folder(source)
     config = read_json(source / "config.json")
     ours = config.get("model_type") == FlashSlothConfig.model_type
     if not ours and not is_official(config):
@@ -98,14 +103,16 @@ def convert_checkpoint(
         return write_folder(destination, overwrite, lambda folder: _copy(source, folder), size_of(source))
     tensors = TensorFolder(source)
     plan: _Plan
-    if to_official:
-        plan = _ToOfficial(source, tensors)
-    else:
-        plan = _FromOfficial(source, tensors, config, tokenizer, vision_num_attention_heads, image_size)
+    with reading(source):
+        if to_official:
+            plan = _ToOfficial(source, tensors)
+        else:
+            plan = _FromOfficial(source, tensors, config, tokenizer, vision_num_attention_heads, image_size)
 
     def write(folder: Path) -> None:
         _write_weights(folder, plan, max_shard_size, progress)
-        plan.write_settings(folder)
+        with reading(source):
+            plan.write_settings(folder)
 
     return write_folder(destination, overwrite, write, plan.num_bytes)
 
@@ -208,8 +215,8 @@ class _FromOfficial(_Plan):
 class _ToOfficial(_Plan):
     def __init__(self, source: Path, tensors: TensorFolder) -> None:
         super().__init__(source, tensors)
-        self.config = FlashSlothConfig.from_pretrained(source)
-        self.record = read_json(source / RECORD) if (source / RECORD).is_file() else {}
+        self.config = load_config(source)
+        self.record = _read_record(source)
         stored = {to_ours(to_theirs(name) or "") or name: name for name in tensors.shapes}
         self.embedding_name = stored.get(to_ours(EMBEDDING) or "", "")
         dtype = tensors.dtypes.get(self.embedding_name, torch.float32)
@@ -218,8 +225,13 @@ class _ToOfficial(_Plan):
         _account(source, {name: tensors.shapes[read] for name, read in stored.items()}, expected)
         self.names = {to_theirs(name) or name: stored[name] for name in expected}
         recorded = self.record.get("query_tokens", {})
-        self.query_dtype = getattr(torch, recorded.get("dtype", _dtype_name(dtype)))
-        self.inexact = recorded.get("inexact", [])
+        self.query_dtype = DTYPES.get(recorded.get("dtype"), dtype)
+        num_queries = math.prod(tensors.shapes[self.names[QUERY_TOKENS]])
+        self.inexact = [
+            (index, float(folded), float(embedding), float(value))
+            for index, folded, embedding, value in recorded.get("inexact", [])
+            if 0 <= index < num_queries
+        ]
         self._lay_out({QUERY_TOKENS: self.query_dtype})
 
     def read(self, name: str) -> Tensor:
@@ -241,6 +253,18 @@ class _ToOfficial(_Plan):
         write_json(folder / "generation_config.json", self.record.get("generation_config", generation))
         if (self.source / "tokenizer.json").is_file():
             _write_official_tokenizer(self.source, folder, self.record.get("tokenizer_settings", {}))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What the folder remembers of the authors' one; {} where it was never one."""
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    for key in ("config", "generation_config", "query_tokens", "tokenizer_settings"):
+        if not isinstance(record.get(key, {}), dict):
+            raise ValueError(f"{folder / RECORD}: {key} is {record[key]!r}, not a JSON object")
+    # they become the names of files
+    if unknown := sorted(record.get("tokenizer_settings", {}).keys() - set(TOKENIZER_SETTINGS)):
+        raise ValueError(f"{folder / RECORD}: {unknown[0]!r} is no file of tokenizer settings")
+    return record
 
 
 def _expected_shapes(config: FlashSlothConfig) -> dict[str, tuple[int, ...]]:
@@ -270,7 +294,7 @@ def _load_tokenizer(folder: Path, config: FlashSlothConfig) -> PreTrainedTokeniz
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         logger.warning("%s has no tokenizer: the converted folder gets no processor either.", folder)
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     facts = OFFICIAL_FACTS
     for role in ("query", "eos", "image"):
         token, token_id = facts[f"{role}_token"], facts[f"{role}_token_id"]

@@ -1,11 +1,14 @@
 """Checkpoint folders on disk: safetensors read one tensor at a time, folders that appear complete or not at all."""
 
+import ctypes
 import errno
-import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +16,45 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from .untrusted import INDEX, WEIGHTS, check_folder, read_weight_map
+
+logger = logging.getLogger(__name__)
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "mm_projector.bin")
+
+# of renameat2 (Linux) and renamex_np (macOS): swap two names in one step
+_RENAME_EXCHANGE = _RENAME_SWAP = 2
+_CURRENT_FOLDER = -100  # AT_FDCWD of Linux
 
 
 class TensorFolder:
     """The tensors of a folder of safetensors, read one at a time.
 
     Raises:
-        ValueError: no safetensors, only pickles, a shard that is missing or unreadable.
+        ValueError: no safetensors, only pickles, a shard that is missing, unreadable or not in the folder.
     """
 
     def __init__(self, folder: Path) -> None:
+        check_folder(folder)
         self.folder = folder
         self._files = {name: folder / file for name, file in self._weight_map().items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
         for file in sorted(set(self._files.values())):
-            with self._open(file) as handle:
+            with open_safetensors(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - not iterable itself
                     if self._files.get(name) == file:
-                        piece = handle.get_slice(name)
-                        self.shapes[name] = tuple(piece.get_shape())
-                        empty = piece[:0] if self.shapes[name] else handle.get_tensor(name)
-                        self.dtypes[name] = empty.dtype
+                        self.shapes[name] = tuple(handle.get_slice(name).get_shape())
         lost = sorted(self._files.keys() - self.shapes.keys())
         if lost:
             raise ValueError(f"{folder / INDEX} lists tensors its shards do not hold: {', '.join(lost)}.")
 
     def _weight_map(self) -> dict[str, str]:
-        if (self.folder / INDEX).is_file():
-            weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{self.folder / INDEX} has no weight_map; download the checkpoint again.")
-            missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
-            if missing:
-                raise ValueError(f"{self.folder} lacks {', '.join(missing)}; download the checkpoint again.")
-            return weight_map
+        # in the order of `from_pretrained`, so that both read the same weights
         if (self.folder / WEIGHTS).is_file():
-            with self._open(self.folder / WEIGHTS) as handle:
+            with open_safetensors(self.folder / WEIGHTS) as handle:
                 return dict.fromkeys(handle.keys(), WEIGHTS)
+        if (self.folder / INDEX).is_file():
+            return read_weight_map(self.folder)
         pickles = [name for name in PICKLES if (self.folder / name).exists()] or sorted(
             path.name for path in self.folder.glob("*.bin")
         )
@@ -64,40 +65,53 @@ class TensorFolder:
             )
         raise ValueError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}.")
 
-    @staticmethod
-    def _open(file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
+    @property
+    def num_bytes(self) -> int:
+        """Of all files that hold the tensors."""
+        return sum(file.stat().st_size for file in set(self._files.values()))
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of all tensors, which are not read."""
+        dtypes = {}
+        for file in sorted(set(self._files.values())):
+            with open_safetensors(file) as handle:
+                for name in [name for name in self.shapes if self._files[name] == file]:
+                    piece = handle.get_slice(name)[:0] if self.shapes[name] else handle.get_tensor(name)
+                    dtypes[name] = piece.dtype
+        return dtypes
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._open(self._files[name]) as handle:
+        with open_safetensors(self._files[name]) as handle:
             return handle.get_tensor(name)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError names the file when it is none."""
+def open_safetensors(file: Path) -> Any:
+    """A file of safetensors whose header is in order.
+
+    Raises:
+        ValueError: it is missing, damaged or something else.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is no regular file" if file.exists() else f"{file} does not exist")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} does not exist.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}, not a JSON object.")
-    return value
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
 
 
 def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder and its folders."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that cannot or must not be written.
+
+    Raises:
+        ValueError: it lies in the source or around it, is a file, or holds something that must not be replaced.
+    """
+    restore_replaced(destination)
     if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
         raise ValueError(f"The destination {destination} lies in the source; give another folder.")
     if destination.resolve() in source.resolve().parents:
@@ -108,12 +122,33 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         raise ValueError(f"{destination} is a file; give a folder.")
 
 
+def restore_replaced(folder: Path) -> None:
+    """Put back what stood under this name, where a command was killed between taking it away and replacing it."""
+    if folder.exists():
+        return
+    place = folder.resolve()
+    retired = sorted(place.parent.glob(f".{_escape(place.name)}.replaced-*"))
+    if retired:
+        logger.warning("%s was being replaced when a command was killed; the former folder is put back", folder)
+        retired[-1].rename(place)
+
+
 def write_folder(destination: Path, overwrite: bool, write: Callable[[Path], None], num_bytes: int) -> Path:
-    """Let `write` fill a folder beside `destination`, then put it in its place in one step."""
-    parent = destination.resolve().parent
-    partial = parent / f".{destination.name}.partial-{os.getpid()}"
-    retired = parent / f".{destination.name}.replaced-{os.getpid()}"
+    """Let `write` fill a folder beside `destination`, then put it in its place in one step.
+
+    A process that is killed leaves the former folder or the new one under that name, whole.
+    """
+    place = destination.resolve()
+    parent = place.parent
+    partial = parent / f".{place.name}.partial-{os.getpid()}"
+    retired = parent / f".{place.name}.replaced-{os.getpid()}"
     made_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    if remains := sorted(path.name for path in parent.glob(f".{_escape(place.name)}.partial-*")):
+        logger.warning(
+            "%s holds what a killed command, or one that still runs, has written: %s; if none runs, remove it",
+            parent,
+            ", ".join(remains),
+        )
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
@@ -122,14 +157,16 @@ def write_folder(destination: Path, overwrite: bool, write: Callable[[Path], Non
         write(partial)
         for path in (*partial.rglob("*"), partial):
             _flush(path)
-        if overwrite and destination.exists():
-            destination.rename(retired)
-        partial.rename(destination)
+        if not overwrite or not place.exists():
+            partial.rename(place)
+        elif not _exchange(partial, place):
+            place.rename(retired)
+            partial.rename(place)  # where a process dies just before, `restore_replaced` mends it
         _flush(parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if retired.exists() and not destination.exists():
-            retired.rename(destination)
+        if retired.exists() and not place.exists():
+            retired.rename(place)
         for folder in made_parents:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -138,8 +175,27 @@ def write_folder(destination: Path, overwrite: bool, write: Callable[[Path], Non
             reason = "the disk is full" if code == errno.ENOSPC else "writing failed"
             raise OSError(code, f"Cannot write {destination}: {reason} ({error}). Nothing was left behind.") from error
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    for former in (partial, retired):
+        shutil.rmtree(former, ignore_errors=True)
     return destination
+
+
+def _escape(name: str) -> str:
+    """A name as a pattern of `glob` that matches it alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; False where the system or the file system cannot."""
+    if os.name != "posix":
+        return False
+    libc = ctypes.CDLL(None)
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin":
+        return hasattr(libc, "renamex_np") and libc.renamex_np(*names, _RENAME_SWAP) == 0
+    if not hasattr(libc, "renameat2"):
+        return False
+    return libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _RENAME_EXCHANGE) == 0
 
 
 def _error_number(error: BaseException) -> int | None:

@@ -7,12 +7,15 @@ safetensors, JSON and tokenizer files are ever downloaded or read: pickle checkp
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from .files import read_json
+from .folder import restore_replaced
+from .untrusted import CONFIG, check_folder
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PACKAGED_MODELS: dict[str, Path] = {"nano": ASSETS / "nano"}
@@ -71,11 +74,24 @@ def locate(name: str | os.PathLike[str]) -> Path:
                 "give --model a folder or a hub id"
             )
     else:
-        folder = Path(text).expanduser()
+        folder = _as_path(text)
+        restore_replaced(folder)
         if not folder.is_dir():
             folder = _download(text)
     _check_files(folder)
+    check_folder(folder)
     return folder
+
+
+def _as_path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError(
+            f"no model {text!r}: give a packaged model ({', '.join(PACKAGED_MODELS)}), a folder or a hub id"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no model {text!r}: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,14 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return config
+    return read_json(folder / CONFIG)
 
 
 def _is_official(config: dict[str, Any]) -> bool:

@@ -13,10 +13,10 @@ import torch
 from ..checkpoints import hub
 from ..checkpoints.adapters import base_folder
 from ..checkpoints.loading import DTYPES, load_model, select_device
+from ..checkpoints.pretrained import load_processor
 from ..kernels.compilation import check_compiler
 from ..kernels.packed_layers import chosen_kernels, prepare_for_cpu_
 from ..kernels.quantization import check_scheme, quantize_
-from ..model.processing_flashsloth import FlashSlothProcessor
 from .conversation import Answer, AnswerStream, Conversation
 from .runtime import Runtime, refuse_after_fork
 
@@ -65,7 +65,7 @@ def load(
         check_compiler(target)
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     model = load_model(folder, wanted).to(target).eval()
-    processor = FlashSlothProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     if quantization is not None:
         quantize_(model, quantization)
     if kernels == "packed":

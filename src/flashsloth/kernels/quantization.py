@@ -22,9 +22,9 @@ from transformers.activations import GELUTanh
 from ..checkpoints import hub
 from ..checkpoints.folder import check_destination, size_of, write_folder
 from ..checkpoints.loading import load_model
+from ..checkpoints.pretrained import load_processor
 from ..model.backbones import decoder_layers
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
-from ..model.processing_flashsloth import FlashSlothProcessor
 from .int8_linear import Int8Linear, PromptAndTokenLinear
 
 INT4_GROUP_SIZE = 32
@@ -268,7 +268,7 @@ def quantize_folder(
     source = hub.resolve(name)
     check_destination(source, destination, overwrite)
     model = quantize_(load_model(source, dtype), scheme, encoder)
-    processor = FlashSlothProcessor.from_pretrained(source)
+    processor = load_processor(source)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

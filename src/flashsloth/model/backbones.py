@@ -67,7 +67,7 @@ def build_vision_tower(vision_config: PreTrainedConfig, feature_layer: int, fina
     whole, vision_config = vision_config, copy.deepcopy(vision_config)
     vision_config.num_hidden_layers = num_kept_layers(vision_config, feature_layer)
     vision_config.vision_use_head = False  # read by SigLIP; other families have no such head
-    tower = AutoModel.from_config(vision_config)
+    tower = AutoModel.from_config(vision_config, trust_remote_code=False)
     whole._attn_implementation = tower.config._attn_implementation  # what is chosen where nothing was asked for
     if isinstance(getattr(tower, "pooler", None), nn.Module):
         tower.pooler = None

@@ -131,7 +131,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             nn.Linear(text_size, text_size),
         )
         self.query_tokens = QueryTokens(config.num_query_tokens, text_size) if config.num_query_tokens else None
-        self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        self.language_model = (
+            AutoModel.from_config(config.text_config, trust_remote_code=False)
+            if language_model is None
+            else language_model
+        )
         fuse_activations(self.language_model)
         self.embedded_query = None
         if config.num_query_tokens:
@@ -338,7 +342,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__(config)
         # the causal model is built for its head, which differs between families (bias, size)
-        causal_model = AutoModelForCausalLM.from_config(config.text_config)
+        causal_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.model = FlashSlothModel(config, language_model=causal_model.base_model)
         self.lm_head = causal_model.get_output_embeddings()
         embeddings = self.get_input_embeddings()

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoints import hub
 from ..checkpoints.adapters import BASE_FILE, import_peft
-from ..checkpoints.folder import read_json, write_json
+from ..checkpoints.files import read_json, write_json
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from .freeze import PART_PREFIXES, PartName
 

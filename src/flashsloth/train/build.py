@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,8 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoints.hub import PACKAGED_MODELS, is_adapter, resolve
+from ..checkpoints.hub import PACKAGED_MODELS, is_adapter, locate, resolve
 from ..checkpoints.loading import DTYPES, load_model
+from ..checkpoints.pretrained import load_any_config, load_config, load_processor, load_tokenizer, load_weights
 from ..data.text_files import read_text
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -74,7 +73,7 @@ def build_processor(recipe: ModelRecipe) -> tuple[FlashSlothConfig, FlashSlothPr
     """
     if recipe.checkpoint is not None:
         folder = _whole_model(recipe.checkpoint)
-        return FlashSlothConfig.from_pretrained(folder), FlashSlothProcessor.from_pretrained(folder)
+        return load_config(folder), load_processor(folder)
     tokenizer = _tokenizer(recipe)
     if isinstance(recipe.language, str):
         text_config = _language_config(recipe.language)
@@ -128,7 +127,7 @@ def load(
         model = load_model(folder, "float32")
     else:
         model = load_model(folder, dtype, quantization_config=quantization_config(dtype))
-    return model, FlashSlothProcessor.from_pretrained(folder)
+    return model, load_processor(folder)
 
 
 def _whole_model(name: str | Path) -> Path:
@@ -176,7 +175,7 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
     assert recipe.tokenizer is not None or isinstance(recipe.language, str), "the recipe has checked it"
     settings = recipe.tokenizer or TokenizerRecipe(source=str(recipe.language))
     source = PACKAGED_MODELS.get(settings.source, settings.source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     # in the order of the published checkpoints, whose ids new models of the same decoder then share
     wanted = (QUERY_TOKEN, settings.eos_token, IMAGE_TOKEN, settings.pad_token)
     vocabulary = tokenizer.get_vocab()
@@ -196,20 +195,20 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
 
 def _pretrained_language(name: str, vocabulary: int) -> PreTrainedModel:
     folder = PACKAGED_MODELS.get(name, name)
-    if isinstance(AutoConfig.from_pretrained(folder), FlashSlothConfig):
+    if isinstance(load_any_config(folder), FlashSlothConfig):
         source = load_model(resolve(folder), "float32")
-        model = AutoModelForCausalLM.from_config(source.config.text_config).to(torch.float32)
+        model = AutoModelForCausalLM.from_config(source.config.text_config, trust_remote_code=False).to(torch.float32)
         _copy(source.model.language_model, model.base_model, f"model.language {name}")
         _copy(source.lm_head, model.get_output_embeddings(), f"the head of model.language {name}")
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model, _ = load_weights(AutoModelForCausalLM, locate(folder), dtype=torch.float32)
     if vocabulary > model.config.vocab_size:
         model.resize_token_embeddings(vocabulary, pad_to_multiple_of=VOCABULARY_MULTIPLE)
     return model
 
 
 def _language_config(name: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(PACKAGED_MODELS.get(name, name))
+    config = load_any_config(PACKAGED_MODELS.get(name, name))
     # a FlashSloth model holds its decoder's configuration inside
     return config.text_config if isinstance(config, FlashSlothConfig) else config
 
@@ -219,11 +218,11 @@ def vision_config(vision: str | dict[str, Any]) -> PreTrainedConfig:
     if isinstance(vision, dict):
         return _sub_config(vision)
     try:
-        config = AutoConfig.from_pretrained(PACKAGED_MODELS.get(vision, vision))
-    except OSError as error:
+        config = load_any_config(PACKAGED_MODELS.get(vision, vision))
+    except ValueError as error:
         raise ValueError(
             f"model.vision: {vision!r} is no folder of a model, not packaged ({', '.join(PACKAGED_MODELS)}), and not "
-            "to be had from the hub"
+            f"to be had from the hub: {error}"
         ) from error
     # an image-text model (SigLIP, CLIP, FlashSloth) holds its encoder's configuration inside
     return getattr(config, "vision_config", config)
@@ -232,12 +231,10 @@ def vision_config(vision: str | dict[str, Any]) -> PreTrainedConfig:
 def _copy_vision(name: str, tower: nn.Module) -> None:
     """Fill a tower from a pretrained encoder, or from the tower of a trained FlashSloth."""
     folder = PACKAGED_MODELS.get(name, name)
-    if not isinstance(AutoConfig.from_pretrained(folder), FlashSlothConfig):
+    if not isinstance(load_any_config(folder), FlashSlothConfig):
         # what is missing is refused below; what is left over (upper layers, a text encoder) is meant to be
         with _errors_only():
-            source, report = type(tower).from_pretrained(
-                folder, config=tower.config, dtype=torch.float32, output_loading_info=True
-            )
+            source, report = load_weights(type(tower), locate(folder), config=tower.config, dtype=torch.float32)
         _copy(source, tower, f"model.vision {name}", absent=report["missing_keys"])
         return
     source = load_model(resolve(folder), "float32").model.vision_tower

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.adapters import BASE_FILE, CARD_FILE
-from ..checkpoints.files import replace_file
-from ..checkpoints.folder import read_json, write_json
+from ..checkpoints.files import read_json, replace_file, write_json
 from ..data.recipe import DataRecipe, MixtureData, SyntheticData, WebdatasetData
 from .freeze import PartCount
 from .recipe import SAMPLES_FILE, Recipe, StageRecipe, dump_recipe
