@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -13,13 +14,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashsloth.checkpoints.fingerprint import fingerprint
 from flashsloth.hub import PACKAGED_MODELS
-from flashsloth.offline import Record, RunSettings, read_records, run_records
+from flashsloth.offline import Record, RunSettings, read_records, run_records, runner
 from flashsloth.offline.output import LOCK_SUFFIX, SETTINGS_SUFFIX, AnswerFile
 from flashsloth.offline.records import input_of
 from flashsloth_cli.main import main
@@ -29,8 +32,6 @@ SETTINGS = RunSettings(device="cpu", batch_size=4, workers=0, streams=1, max_new
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -128,6 +129,70 @@ def test_pictures_in_memory_are_told_apart_by_their_content(picture: Path) -> No
     assert input_of(Record("x", (image,), "what?")) == input_of(Record("y", (image.copy(),), "what?"))
     assert input_of(Record("x", (image,), "what?")) != input_of(Record("x", (image,) * 2, "what?"))
     assert input_of(Record("x", ("a\0b",), "half \ud83d"))
+
+
+def test_a_damaged_picture_in_memory_is_an_error_of_its_record(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-30])
+    images = {"cut": Image.open(tmp_path / "cut.png"), "array": np.zeros((8, 8, 3), np.uint8), "path": picture}
+    records = [Record(name, (image,), "what is it?") for name, image in images.items()]
+    summary = run_records(records, tmp_path / "out.jsonl", SETTINGS)
+    assert (summary.answered, summary.failed) == (2, 1)
+    assert {row["id"] for row in answered(tmp_path / "out.jsonl") if "error" in row} == {"cut"}
+    assert run_records(records, tmp_path / "out.jsonl", SETTINGS).skipped == 3
+
+
+def test_a_file_is_the_same_by_its_address_and_another_once_it_has_changed(picture: Path) -> None:
+    records = [Record("x", (name,), "what?") for name in (str(picture), picture, picture.as_uri())]
+    before = {input_of(record) for record in records}
+    assert len(before) == 1
+    os.utime(picture, ns=(1, 1))
+    assert before.isdisjoint(input_of(record) for record in records)
+
+
+def test_a_picture_that_comes_during_a_run_is_the_one_that_was_answered(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = runner.load
+
+    def late(*args, **options):
+        shutil.copy(picture, tmp_path / "late.png")
+        return load(*args, **options)
+
+    monkeypatch.setattr(runner, "load", late)
+    records = [Record("x", (str(tmp_path / "late.png"),), "what is it?")]
+    assert run_records(records, tmp_path / "out.jsonl", SETTINGS).answered == 1
+    assert run_records(records, tmp_path / "out.jsonl", SETTINGS).skipped == 1
+
+
+def test_the_same_format_of_numbers_is_the_same_run_and_another_is_not(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, records = tmp_path / "out.jsonl", [Record("x", (str(picture),), "what is it?")]
+    run_records(records, output, SETTINGS)
+    assert run_records(records, output, dataclasses.replace(SETTINGS, dtype="float32")).skipped == 1
+    monkeypatch.setattr(runner, "select_device", lambda _name: torch.device("cuda"))
+    with pytest.raises(ValueError, match="begun with dtype='float32', now it is 'auto'"):
+        run_records(records, output, SETTINGS)
+
+
+def test_records_that_the_input_has_not_are_told_and_kept(
+    picture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("x", "y"):
+        run_records([Record(name, (str(picture),), "what is it?")], tmp_path / "out.jsonl", SETTINGS)
+    assert "1 of the records in" in caplog.text
+    assert [row["id"] for row in answered(tmp_path / "out.jsonl")] == ["x", "y"]
+
+
+def test_a_linked_output_is_one_file(tmp_path: Path) -> None:
+    link, output = tmp_path / "link.jsonl", tmp_path / "out.jsonl"
+    link.symlink_to(output)
+    with AnswerFile(link, {}) as answers:
+        answers.add([{"id": "1", "error": "gone"}, {"id": "2", "answer": "a"}])
+        with pytest.raises(ValueError, match="another run is writing"):
+            AnswerFile(output, {})
+        answers.forget(["1"])
+    assert link.is_symlink() and [row["id"] for row in answered(output)] == ["2"]
 
 
 def test_other_weights_or_another_vocabulary_are_another_model(picture: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import logging
 import os
@@ -126,6 +127,54 @@ def test_a_folder_is_searched_through_links_and_tells_what_it_passes_over(
         assert part in message
 
 
+def test_a_link_renames_nothing_that_is_found_without_it(tmp_path: Path) -> None:
+    (tmp_path / "z/deep").mkdir(parents=True)
+    for name in ("z/a.png", "z/deep/b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = [record.id for record in read_records(str(tmp_path), "what?")]
+    (tmp_path / "a link before z").symlink_to(tmp_path / "z", target_is_directory=True)
+    (tmp_path / "a link up").symlink_to(tmp_path, target_is_directory=True)
+    assert [record.id for record in read_records(str(tmp_path), "what?")] == before == ["z/a.png", "z/deep/b.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("Q.JSONL", '{"id": "ä", "image": "a.png", "question": "what?", "score": NaN}\r\n'),
+        ("Q.Json", '[{"id": "ä", "image": "a.png", "question": "what?"}]'),
+        ("Q.CSV", "\r\nid,image,question\r\nä,a.png,what?\r\n"),
+    ],
+)
+def test_byte_order_marks_and_capital_endings_change_nothing(
+    tmp_path: Path, name: str, text: str, encoding: str
+) -> None:
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_records(str(tmp_path / name)) == [Record("ä", (str(tmp_path / "a.png"),), "what?")]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([1.0, None], ["1.0", "1"]), ([2**62, 7], [str(2**62), "7"]), ([datetime.date(2020, 1, 2)], ["2020-01-02"])],
+)
+def test_ids_of_a_dataset_are_text_whatever_their_type(tmp_path: Path, ids: list, expected: list[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"id": ids, "image": ["a.png"] * len(ids), "question": ["what?"] * len(ids)}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "q.PARQUET")
+    assert [record.id for record in read_records(str(tmp_path / "q.PARQUET"))] == expected
+
+
+def test_columns_that_are_not_asked_about_are_not_decoded(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({
+        "image": datasets.Image(), "question": datasets.Value("string"), "mask": datasets.Image()
+    })  # fmt: skip
+    damaged = {"bytes": b"no picture", "path": None}
+    rows = {"image": [damaged], "question": ["what?"], "mask": [damaged]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "q.parquet")
+    assert read_records(str(tmp_path / "q.parquet")) == [Record("0", (b"no picture",), "what?")]
+
+
 def test_damaged_pictures_of_a_dataset_are_errors_of_their_records(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
@@ -149,6 +198,12 @@ def test_damaged_pictures_of_a_dataset_are_errors_of_their_records(tmp_path: Pat
 )
 def test_what_is_no_file_goes_to_a_cluster_as_it_is(image: str) -> None:
     assert _with_bytes(Record("1", (image,), "what?")).images == (image,)
+
+
+def test_files_go_to_a_cluster_by_content_however_they_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a file.png"
+    path.write_bytes(b"content")
+    assert _with_bytes(Record("1", (str(path), path, path.as_uri()), "what?")).images == (b"content",) * 3
 
 
 BROKEN = {
@@ -182,10 +237,10 @@ def test_broken_inputs_are_refused_in_one_line(tmp_path: Path, name: str, capsys
     assert not (tmp_path / "o.jsonl").exists()
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ""])
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"q{suffix}")
-    with pytest.raises(ValueError, match="q\\.(json|jsonl|csv|parquet)"):
+    with pytest.raises(ValueError, match="regular file|no file"):
         read_records(str(tmp_path / f"q{suffix}"))
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from . import hub
-from .adapters import base_folder
+from .adapters import _stack
 
 # of weights, settings, vocabularies and templates
 SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
@@ -15,7 +15,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def fingerprint(name: str | os.PathLike[str]) -> str:
-    """Changes with any byte of a model's weights, settings or vocabulary, those of an adapter's base included.
+    """Changes with any byte of a model's weights, settings or vocabulary, those of what an adapter stands on included.
 
     Reads everything, about a second for two gigabytes; loading finds the files in memory then.
 
@@ -26,7 +26,7 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
         ValueError: no such model.
     """
     folder = hub.resolve(name)
-    folders = [folder, base_folder(folder)] if hub.is_adapter(folder) else [folder]
+    folders = _stack(folder, None) if hub.is_adapter(folder) else [folder]
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
         if path.suffix in SUFFIXES and path.is_file():

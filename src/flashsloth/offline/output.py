@@ -36,6 +36,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        path = Path(os.path.realpath(path))  # a link is one more name for a file, whose lock has one
         self.path = path
         self.settings_path = path.with_name(path.name + SETTINGS_SUFFIX)
         self.done: dict[str, str | None] = {}
@@ -145,7 +146,7 @@ class AnswerFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-            if self._is_new and self.path.stat().st_size == 0:
+            if self._is_new and self.path.exists() and self.path.stat().st_size == 0:
                 self.path.unlink()
                 self.settings_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a system that removes no open file

@@ -3,6 +3,7 @@
 Text stays as it is written: `0012` and `1e5` in a column of ids are ids, not numbers.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -16,18 +17,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 from PIL import Image
 
 from ..inference.batches import Record
+from ..model.image_loading import load_image
 
 logger = logging.getLogger(__name__)
 
-JSON_SUFFIXES = (".jsonl", ".json")
 DATASET_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 IMAGE_FIELDS = ("images", "image")
+FIELDS = ("id", "question", *IMAGE_FIELDS)
 DATASETS_HINT = "reading datasets needs the `datasets` library: pip install 'flashsloth[run]'"
-ADDRESSES = ("http://", "https://", "data:", "file://")
+FILE_ADDRESS = "file://"
+ADDRESSES = ("http://", "https://", "data:", FILE_ADDRESS)
+# the longer ones first: that of UTF-32 begins like that of UTF-16
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig"}
+BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 Row = tuple[int, Any]
 """The number of a row, and its fields."""
 
@@ -78,12 +85,19 @@ def input_of(record: Record) -> str:
         digest.update(b"\0")
         if isinstance(image, bytes):
             digest.update(image)
-        elif isinstance(image, Image.Image):
-            digest.update(f"{image.mode} {image.size} ".encode())
-            digest.update(image.tobytes())
+        elif isinstance(image, (str, os.PathLike)):
+            digest.update(_identity(image).encode("utf-8", "surrogatepass"))
         else:
-            digest.update(_identity(os.fspath(image)).encode("utf-8", "surrogatepass"))
+            digest.update(_pixels(image))
     return digest.hexdigest()[:16]
+
+
+def _pixels(image: Any) -> bytes:
+    try:
+        picture = load_image(image)
+    except (OSError, ValueError) as error:  # asking will say the same
+        return str(error).encode("utf-8", "surrogatepass")
+    return f"{picture.size} ".encode() + picture.tobytes()
 
 
 def is_address(image: Any) -> bool:
@@ -91,14 +105,25 @@ def is_address(image: Any) -> bool:
     return isinstance(image, str) and image[: len("https://")].lower().startswith(ADDRESSES)
 
 
-def _identity(image: str) -> str:
-    if is_address(image):
-        return image
+def local_path(image: Any) -> str | None:
+    """The path of a file of this machine, None for what is none."""
+    if not isinstance(image, (str, os.PathLike)):
+        return None
+    text = os.fsdecode(image)
+    if not is_address(image):
+        return text
+    return url2pathname(text[len(FILE_ADDRESS) :]) if text.lower().startswith(f"{FILE_ADDRESS}/") else None
+
+
+def _identity(image: str | os.PathLike[str]) -> str:
+    path = local_path(image)
+    if path is None:
+        return os.fspath(image)
     try:
-        status = os.stat(image)
+        status = os.stat(path)
     except (OSError, ValueError):  # what is missing now is another file when it is there
-        return os.path.abspath(image)
-    return f"{os.path.abspath(image)} {status.st_size} {status.st_mtime_ns}"
+        return os.path.abspath(path)
+    return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
 
 
 def _folder_records(folder: Path, question: str | None) -> Iterator[Record]:
@@ -119,32 +144,44 @@ def _folder_records(folder: Path, question: str | None) -> Iterator[Record]:
 
 
 def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
-    """Files below a folder, through links to folders too, each folder once."""
+    """Files below a folder, through links to folders too, each folder once.
+
+    Folders come before links to them, so that a link changes no name of what is found without it.
+    """
     seen: set[tuple[int, int]] = set()
+    starts = [str(folder)]
 
     def unreadable(error: OSError) -> None:
         skipped["folders that cannot be read"] += 1
 
-    for name, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        status = os.stat(name)
-        if (status.st_dev, status.st_ino) in seen:
-            skipped["links to a folder that was searched already"] += 1
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (Path(name, file) for file in files)
+    while starts:
+        links: list[str] = []
+        for start in starts:
+            for name, folders, files in os.walk(start, onerror=unreadable):
+                status = os.stat(name)
+                if (status.st_dev, status.st_ino) in seen:
+                    skipped["links to a folder that was searched already"] += 1
+                    folders.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                links += [
+                    path for path in sorted(os.path.join(name, each) for each in folders) if os.path.islink(path)
+                ]
+                yield from (Path(name, file) for file in files)
+        starts = links
 
 
 def _rows(source: str, path: Path) -> Iterator[Row]:
-    if path.suffix in JSON_SUFFIXES:
-        text = _read_text(path)
-        rows = _json_rows(path, text) if path.suffix == ".json" else _json_lines(path, text)
-    elif path.suffix == ".csv":
-        rows = _csv_rows(path, _read_text(path))
-    else:
-        rows = enumerate(_dataset_rows(source, path))
-    return rows
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _json_rows(path, _read_text(path))
+    if suffix == ".jsonl":
+        return _json_lines(path, _read_text(path))
+    if suffix == ".csv":
+        return _csv_rows(path, _read_text(path))
+    if os.path.exists(path) and not path.is_file():
+        raise ValueError(f"{source} is neither a folder nor a regular file")
+    return enumerate(_dataset_rows(source, path))
 
 
 def _read_text(path: Path) -> str:
@@ -154,15 +191,17 @@ def _read_text(path: Path) -> str:
             raise ValueError(f"there is no file {path}")
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path} is no regular file")
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+        return content.decode(encoding)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _parse_json(text: str) -> Any:
-    """Numbers stay as they are written: they are ids, if anything."""
+    """Numbers stay as they are written: they are ids, if anything. NaN, which JSON has not, is nothing."""
     try:
-        return json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
+        return json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=lambda _name: None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -189,7 +228,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # data URLs are long
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(text.lstrip("\r\n"), newline=""), strict=True)
         rows, names = list(reader), reader.fieldnames or ()
     except csv.Error as error:
         raise ValueError(f"{path} is not valid CSV: {error}") from error
@@ -210,14 +249,16 @@ def _dataset_rows(source: str, path: Path) -> Sequence[Any]:
         raise ImportError(DATASETS_HINT) from error
     name, _, split = source.partition(":")
     try:
-        if path.suffix in DATASET_SUFFIXES:
+        if builder := DATASET_SUFFIXES.get(path.suffix.lower()):
             if not path.is_file():
                 raise ValueError(f"there is no file {path}")
-            rows = datasets.load_dataset(DATASET_SUFFIXES[path.suffix], data_files=str(path), split="train")
+            rows = datasets.load_dataset(builder, data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(name, split=split or "train")
-        for column, feature in rows.features.items():
-            rows = rows.cast_column(column, _undecoded(feature))
+        rows = rows.select_columns([column for column in FIELDS if column in rows.features])
+        for column in IMAGE_FIELDS:
+            if column in rows.features:
+                rows = rows.cast_column(column, _undecoded(rows.features[column]))
         return rows
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
@@ -247,9 +288,9 @@ def _row_record(row: Any, where: str, folder: Path, question: str | None) -> Rec
         raise ValueError(f"{where} has no image; add the field `image` or `images`")
     values = row[field] if isinstance(row[field], list) else [row[field]]
     identifier = row.get("id")
-    if identifier is None:
+    if identifier is None or identifier != identifier:
         identifier = ""  # replaced by the number of the row
-    if isinstance(identifier, bool) or not isinstance(identifier, (str, int)):
+    if isinstance(identifier, (bool, bytes, list, dict)):
         raise ValueError(f"{where}: an id is text or a number, not {type(identifier).__name__}")
     return Record(str(identifier), tuple(_image_source(value, where, folder) for value in values), asked)
 

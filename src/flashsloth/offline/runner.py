@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import signal
 import threading
@@ -16,11 +17,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..checkpoints.fingerprint import fingerprint
-from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load
+from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load, select_device
 from ..inference.batches import BatchPreparation, PreparedBatch, Record, answer, plan_batches, prepare
 from ..kernels.packed_layers import keep_freed_memory
 from .output import AnswerFile
-from .records import input_of, is_address
+from .records import input_of, local_path
+
+logger = logging.getLogger(__name__)
 
 STREAMS_OF_A_CPU = 2
 RAY_HINT = "a cluster needs Ray: pip install 'flashsloth[ray]'"
@@ -115,17 +118,17 @@ def run_records(
         OSError: the disk is full; what was written stays and the run can be continued.
         KeyboardInterrupt: interrupted; says how to go on. What was written stays.
     """
-    inputs = {record.id: input_of(record) for record in records}
     decisive = {
         "model": settings.model,
         "weights": fingerprint(settings.model),
-        "dtype": settings.dtype,
+        "dtype": _number_format(settings),
         "max_new_tokens": settings.max_new_tokens,
         "quantization": settings.quantization,
     }
     with AnswerFile(output, decisive) as answers:
-        _forget_what_is_asked_again(answers, inputs, settings)
+        _forget_what_is_asked_again(answers, records, settings)
         pending = [record for record in records if record.id not in answers.done]
+        asked = {record.id: record for record in pending}
         skipped, failed_before = len(records) - len(pending), len(answers.errors)
         finished = skipped
         started = time.perf_counter()
@@ -135,7 +138,7 @@ def run_records(
                 next(batches)  # the model is loaded
                 started = time.perf_counter()
                 for lines in batches:
-                    answers.add([{**line, "input": inputs[line["id"]]} for line in lines])
+                    answers.add([{**line, "input": input_of(asked[line["id"]])} for line in lines])
                     finished += len(lines)
                     if progress is not None:
                         progress(finished, len(records))
@@ -147,9 +150,19 @@ def run_records(
         return RunSummary(len(pending) - failed, failed, skipped, time.perf_counter() - started)
 
 
-def _forget_what_is_asked_again(answers: AnswerFile, inputs: dict[str, str], settings: RunSettings) -> None:
+def _number_format(settings: RunSettings) -> str:
+    """The dtype; what "auto" is on this machine's CPU, since the same file may be gone on with on another device."""
+    known_here = not settings.ray_workers or settings.device != "auto"
+    on_cpu = settings.dtype == "auto" and known_here and select_device(settings.device).type == "cpu"
+    return "float32" if on_cpu else settings.dtype
+
+
+def _forget_what_is_asked_again(answers: AnswerFile, records: Sequence[Record], settings: RunSettings) -> None:
     again = set(answers.errors) if settings.retry_errors else set()
-    changed = {key for key, asked in inputs.items() if key in answers.done and answers.done[key] != asked}
+    before = [record for record in records if record.id in answers.done]
+    if others := len(answers.done) - len(before):
+        logger.warning("%d of the records in %s are not in the input; they stay", others, answers.path)
+    changed = {record.id for record in before if answers.done[record.id] != input_of(record)}
     answered = sorted(changed - answers.errors.keys())
     if answered and not settings.retry_changed:
         raise ValueError(
@@ -289,9 +302,10 @@ def _with_bytes(record: Record) -> Record:
 
 def _content(image: Any) -> Any:
     """The bytes of a file of this machine; addresses, and what cannot be read, go along as they are."""
-    if not isinstance(image, str) or is_address(image):
+    path = local_path(image)
+    if path is None:
         return image
     try:
-        return Path(image).read_bytes() if Path(image).is_file() else image
+        return Path(path).read_bytes() if Path(path).is_file() else image
     except (OSError, ValueError):  # the copy of the model says what is wrong with it
         return image
