@@ -213,7 +213,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         Args:
             pixel_values: (I, V, C, H, W) float.
             return_dict: False for a tuple, which no call takes.
-            output_hidden_states, output_attentions: add what the encoder keeps of its layers.
+            output_hidden_states: add the states of the encoder's layers.
+            output_attentions: add their attentions.
 
         Returns:
             `last_hidden_state`: un-pooled encoder features (I, P, E); `pooler_output`: visual tokens (I, N, D);
@@ -400,13 +401,14 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
     ) -> FlashSlothOutput | tuple:
         """Logits, and the loss where `labels` (B, T; -100 = ignored) are given; the rest as in `FlashSlothModel`.
 
+        `shift_labels` (B, T) are labels that stand where they are predicted, which is one before the token; they come
+        before `labels`. Further arguments go to the language model.
+
         Args:
             logits_to_keep: compute logits for this many last positions only (0 = all), or for these indices.
             loss_only: with `labels`, run the head on the positions that predict a label and return no logits; the
                 loss is the same, and training spends neither time nor memory on the logits of prompts.
             num_items_in_batch: labelled tokens of the whole optimiser step, for exact gradient accumulation.
-            kwargs: `shift_labels` (B, T), labels that stand where they are predicted, which is one before the token;
-                they come before `labels`. What else there is goes to the language model.
         """
         # no parameter of its own, or the Trainer takes it for one of the names of labels that every batch has
         if (shift_labels := kwargs.pop("shift_labels", None)) is not None:
