@@ -66,8 +66,9 @@ def test_pipeline_answers_as_the_model_does(folder):
     assert found[0]["generated_text"] == processor.decode(ids, skip_special_tokens=True)
 
 
-def test_pipeline_from_any_to_any(folder):
-    pytest.importorskip("torchvision")
+def test_pipeline_from_any_to_any(folder, monkeypatch):
+    # it insists on torchvision for any model that sees, which this one does not use
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
     messages = [
         {"role": "user", "content": [{"type": "image", "image": noise_image()}, {"type": "text", "text": QUESTION}]}
     ]

@@ -35,7 +35,8 @@ class FlashSlothGenerationMixin(GenerationMixin):
         """Inputs of one step. What belongs to the prompt comes with the step that runs the prompt, or with every step
         where no cache is used."""
         tokens = input_ids.shape[1]
-        row_tokens = _row_length(input_ids, kwargs.get("position_ids"), attention_mask)
+        position_ids = kwargs.get("position_ids")
+        row_tokens = _row_length(input_ids, position_ids, attention_mask)
         if not kwargs.get("use_cache", True):
             if row_tokens == tokens or inputs_embeds is not None:
                 kwargs.pop(CACHE_ARGUMENT, None)
@@ -50,15 +51,17 @@ class FlashSlothGenerationMixin(GenerationMixin):
             past_length = 0 if cache is None else int(cache.get_seq_length())
             # an assistant's first step is not called the first
             is_first_iteration = is_first_iteration or past_length == 0
-            if past_length and next_sequence_length is None and row_tokens == tokens:
-                next_sequence_length = tokens - past_length  # the beginning of the prompt is in the cache
+            is_cached = past_length and next_sequence_length is None and row_tokens == tokens
+            if is_cached and (position_ids is None or not position_ids[..., 0].any()):
+                # the ids begin where the row does, and its beginning is in the cache
+                next_sequence_length = tokens - past_length
         if not is_first_iteration:
             for name in PROMPT_INPUTS:
                 kwargs.pop(name, None)
         elif (question_ids := kwargs.get("question_ids")) is not None:
             missing = max(row_tokens - question_ids.shape[1], 0)  # candidates and answers ask nothing
             kwargs["question_ids"] = functional.pad(question_ids, (0, missing))
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -66,6 +69,9 @@ class FlashSlothGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if CACHE_ARGUMENT in inputs:  # PEFT knows the cache by its old name
+            inputs["past_key_values"] = inputs.pop(CACHE_ARGUMENT)
+        return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         if model_kwargs.get("use_cache", True):
