@@ -137,9 +137,7 @@ PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "
 PAGES = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, **{PAGE_SIZE: 16})
 
 
-@pytest.mark.skipif(
-    PAGE_SIZE == "block_size", reason="5.16 seeks the decoder's sizes in the configuration of the whole"
-)
+@pytest.mark.skipif(PAGE_SIZE == "block_size", reason="5.16 looks for the decoder's sizes in the wrong place")
 def test_continuous_batching_of_texts():
     model = tiny_model("llama")
     prompts = [build_rows(model.config, [turns])["input_ids"][0].tolist() for turns in ([(0, 4, 1)], [(0, 6, 2)])]

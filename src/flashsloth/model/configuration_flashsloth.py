@@ -313,6 +313,6 @@ def _check_sizes(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-FlashSlothConfig.__init__ = _refuse_in_words(FlashSlothConfig.__init__)
+FlashSlothConfig.__init__ = _refuse_in_words(FlashSlothConfig.__init__)  # type: ignore[method-assign]
 
 __all__ = ["FlashSlothConfig"]

@@ -79,7 +79,7 @@ def normalize_conversation(messages: Any, prompt_text: PromptText) -> tuple[list
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f'a message must be a dict with "role" and "content", got {message!r:.100}')
-        clean = {"role": prompt_text.escape(message["role"])}
+        clean: dict[str, Any] = {"role": prompt_text.escape(message["role"])}
         if len(message) > 2:
             others = {key: value for key, value in message.items() if key not in ("role", "content")}
             clean.update(_escape_nested(others, prompt_text))
