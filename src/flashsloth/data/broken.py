@@ -4,7 +4,11 @@ import hashlib
 import logging
 import multiprocessing
 
+from .text_files import printable
+
 logger = logging.getLogger(__name__)
+
+MAX_PLACE, MAX_REASON = 400, 600  # characters that messages show
 
 
 class BrokenSamples:
@@ -48,6 +52,7 @@ class BrokenSamples:
                     self._keys[self._count.value] = key
                 self._count.value += 1
             count = self._count.value
+        place, reason = printable(place, MAX_PLACE), printable(reason, MAX_REASON)
         if count > self.max_broken:
             raise ValueError(
                 f"{place} is broken: {reason}; that is broken sample number {count} and max_broken is "

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ..model.image_loading import DEFAULT_MAX_PIXELS, load_image
 from .broken import BrokenSamples
+from .text_files import printable
 
 IMAGE_PLACEHOLDER = "<image>"
 # What an image of a record may be; anything else is a defect of its own.
 IMAGE_TYPES = (Path, bytes, Image.Image)
 ROLES = ("system", "user", "assistant")
+# What an image part may name its image by: its place among the record's images, or the name of one of them.
+PART_NAMES = ("image", "path", "url", "name")
+MAX_SHOWN = 80  # characters of a user's value in a message
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -119,15 +123,33 @@ def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(part["type"] == "image" for part in parts)
 
 
+def named(place: str, raw: Any) -> str:
+    """A record's place, with its id where it has one."""
+    identifier = _identifier(raw)
+    return place if identifier is None else f"{place} (id {printable(identifier, MAX_SHOWN)})"
+
+
+def _identifier(raw: Any) -> str | None:
+    value = raw.get("id") if isinstance(raw, Mapping) else None
+    return str(value) if isinstance(value, (str, int, float)) else None
+
+
 def make_record(
-    origin: Origin, raw: Any, images: Sequence[Any], max_images: int, max_pixels: int, read_error: str | None = None
+    origin: Origin,
+    raw: Any,
+    images: Sequence[Any],
+    max_images: int,
+    max_pixels: int,
+    read_error: str | None = None,
+    names: Sequence[str | None] = (),
 ) -> Record:
     """Turn what a file holds into a record, with every defect that shows without reading images.
 
     Args:
         raw: a mapping with `messages` (`role`, `content`: text or parts) or LLaVA's `conversations` (`from`, `value`).
-        images: its images, in the order of their placeholders.
+        images: its images, in the order of their placeholders. Parts that name theirs decide where they name them.
         read_error: why there is nothing to turn into a record.
+        names: of the images, where they have any.
     """
     record = Record(origin, images=list(images), max_pixels=max_pixels)
     if read_error is not None:
@@ -135,13 +157,68 @@ def make_record(
     elif not isinstance(raw, Mapping):
         record.defects.append(Defect("unreadable record", f"a record is a mapping, got {type(raw).__name__}"))
     else:
-        identifier = raw.get("id")
-        record.identifier = None if identifier is None else str(identifier)
+        record.identifier = _identifier(raw)
         turns, role_key, text_key = _turns_of(raw)
         record.messages, defects = _read_turns(turns, role_key, text_key)
         record.defects += defects
         record.defects += _check_images(record, max_images)
+        if not record.defects:
+            try:
+                record.images = _arrange(record.images, image_references(raw), names)
+            except ValueError as error:
+                record.defects.append(Defect("image order", str(error)))
     return record
+
+
+def image_references(raw: Mapping[str, Any]) -> list[int | str | None]:
+    """What every placeholder of a record says of its image: the number or the name of it, or nothing."""
+    turns, role_key, text_key = _turns_of(raw)
+    references: list[int | str | None] = []
+    for turn in turns if isinstance(turns, Sequence) else ():
+        content = turn.get(text_key) if isinstance(turn, Mapping) else None
+        if isinstance(content, str):
+            role = turn.get(role_key)
+            is_user = isinstance(role, str) and LLAVA_ROLES.get(role) == "user"
+            references += [None] * (content.count(IMAGE_PLACEHOLDER) if is_user else 0)
+        elif isinstance(content, Sequence):
+            references += [_reference(part) for part in content if isinstance(part, Mapping) and _is_image(part)]
+    return references
+
+
+def _is_image(part: Mapping[str, Any]) -> bool:
+    return part.get("type") == "image"
+
+
+def _reference(part: Mapping[str, Any]) -> int | str | None:
+    index = part.get("index")
+    if isinstance(index, int) and not isinstance(index, bool):
+        return index
+    return next((part[key] for key in PART_NAMES if isinstance(part.get(key), str) and part[key]), None)
+
+
+def _arrange(images: list[Any], references: Sequence[int | str | None], names: Sequence[str | None]) -> list[Any]:
+    """The images in the order of the placeholders.
+
+    Raises:
+        ValueError: placeholders name images of which some are not there.
+    """
+    if len(images) < 2:
+        return images
+    by_name = {PurePath(name).name: index for index, name in enumerate(names) if name}
+    if len(by_name) < len(images):
+        by_name = {}  # without names, or with equal ones
+    places = [
+        reference if isinstance(reference, int) else by_name.get(PurePath(reference).name) if reference else None
+        for reference in references
+    ]
+    if not any(isinstance(reference, int) for reference in references) and not any(
+        place is not None for place in places
+    ):
+        return images  # nothing is said of them, or by names of another place
+    if sorted(place for place in places if place is not None) != list(range(len(images))):
+        said = printable(", ".join(str(reference) for reference in references), MAX_SHOWN)
+        raise ValueError(f"the image parts name {said}, which are not the {len(images)} images, each once")
+    return [images[place] for place in places if place is not None]
 
 
 def _turns_of(raw: Mapping[str, Any]) -> tuple[Any, str, str]:
@@ -163,13 +240,19 @@ def _read_turns(turns: Any, role_key: str, text_key: str) -> tuple[list[dict[str
             continue
         role = known_roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            message = f"turn {number} has the unknown role {turn[role_key]!r}; known are {', '.join(known_roles)}"
+            shown = repr(turn[role_key]) if isinstance(turn[role_key], str) else type(turn[role_key]).__name__
+            shown = printable(shown, MAX_SHOWN)
+            message = f"turn {number} has the unknown role {shown}; known are {', '.join(known_roles)}"
             defects.append(Defect("unknown role", message))
             continue
         content = _read_content(turn[text_key], splits_placeholders=role == "user")
         if content is None:
             message = f"{text_key} of turn {number} is neither text nor a list of text and image parts"
             defects.append(Defect("value is not text", message))
+            continue
+        if not all(_is_unicode(part.get("text", "")) for part in content):
+            message = f"{text_key} of turn {number} holds half of a surrogate pair, which is no character"
+            defects.append(Defect("text is not Unicode", message))
             continue
         messages.append({"role": role, "content": content})
     # the order of turns says nothing where one of them could not be read
@@ -195,6 +278,14 @@ def _read_content(value: Any, splits_placeholders: bool) -> list[dict[str, str]]
     if not splits_placeholders:
         return [{"type": "text", "text": "".join(part["text"] for part in parts)}]
     return parts
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _split_placeholders(text: str) -> list[dict[str, str]]:
@@ -234,7 +325,8 @@ def _check_order(messages: list[dict[str, Any]]) -> Iterator[Defect]:
 
 def _check_images(record: Record, max_images: int) -> Iterator[Defect]:
     placeholders = count_images(record.messages)
-    read_all = not any(defect.kind in ("incomplete turn", "value is not text") for defect in record.defects)
+    unread = ("incomplete turn", "value is not text", "text is not Unicode")
+    read_all = not any(defect.kind in unread for defect in record.defects)
     if record.messages and read_all and placeholders != len(record.images):
         message = f"{placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(record.images)} images"
         yield Defect("placeholder count", message)

@@ -1,7 +1,7 @@
 """Sources with an index: rendered images, LLaVA files and data sets of messages."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +10,12 @@ from torch.utils.data import Dataset
 
 from .broken import BrokenSamples
 from .cache import EncodedSample, SampleCache
-from .records import RecordFile
-from .schema import Origin, Record, Sample, make_record
+from .records import ReadRecord, RecordFile
+from .rows import JsonRows, TableRows, json_files
+from .schema import Origin, Record, Sample, make_record, named
 
 if TYPE_CHECKING:
     from .recipe import LlavaData, MessagesData, SyntheticData
-
-# Readers of `datasets` by the ending of a file's name.
-FILE_READERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
-# Parts of a saved data set that is streamed; as many worker processes may share it.
-STREAM_SHARDS = 64
 
 
 class SyntheticSamples(Dataset):
@@ -95,9 +91,9 @@ class RecordedSamples(Dataset):
             record = self.record(index)
             yield len(record.images), record.num_characters
 
-    def _record(self, place: str, raw: Any, images: list[Any], read_error: str | None = None) -> Record:
-        origin = Origin(self.name, place, self.broken)
-        return make_record(origin, raw, images, self.max_images, self.max_pixels, read_error)
+    def _record(self, read: ReadRecord, given: list[Any], folder: Path | None) -> Record:
+        origin = Origin(self.name, named(read.place, read.value), self.broken)
+        return record_of(origin, read, given, folder, self.max_images, self.max_pixels)
 
 
 class LlavaSamples(RecordedSamples):
@@ -118,22 +114,12 @@ class LlavaSamples(RecordedSamples):
         return len(self.records)
 
     def record(self, index: int) -> Record:
-        place = self.records.place(index)
-        try:
-            raw = self.records[index]
-        except ValueError as error:
-            return self._record(place, None, [], str(error))
-        names: Any = []
-        if isinstance(raw, Mapping):
-            if raw.get("id") is not None:
-                place = f"{place} (id {raw['id']})"
-            names = raw.get("image")
-            names = [] if names is None else names if isinstance(names, list) else [names]
-        return self._record(place, raw, [image_source(name, self.image_folder) for name in names])
+        read = self.records.read(index)
+        return self._record(read, given_images(read.value, ("image", "images")), self.image_folder)
 
 
 class MessagesSamples(RecordedSamples):
-    """A data set of the library `datasets`, with an index.
+    """A data set of messages with an index: JSON files, or one of the library `datasets`.
 
     Raises:
         ValueError: it cannot be opened, or has no column of messages.
@@ -141,78 +127,32 @@ class MessagesSamples(RecordedSamples):
 
     def __init__(self, source: "MessagesData", name: str = "data") -> None:
         super().__init__(source, name)
-        self.path, self.image_folder = source.path, source.image_folder
-        self.dataset = open_messages(source)
+        self.image_folder = source.image_folder
+        files = json_files(source.path)
+        self.rows: JsonRows | TableRows = TableRows(source) if files is None else JsonRows(files)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
     def record(self, index: int) -> Record:
-        return self.read(self.dataset[int(index)], index)
-
-    def read(self, row: Mapping[str, Any], index: int) -> Record:
-        """The record of a row."""
-        place = f"{self.path}: row {index}" + (f" (id {row['id']})" if row.get("id") is not None else "")
-        return self._record(place, row, row_images(row, self.image_folder))
+        read = self.rows.read(int(index))
+        return self._record(read, given_images(read.value), self.image_folder)
 
 
-def open_messages(source: "MessagesData") -> Any:
-    """A `datasets.Dataset` (`IterableDataset` when streaming) whose images stay encoded.
-
-    Raises:
-        ValueError: there is no such data set, file or column.
-    """
-    import datasets
-
-    path = Path(source.path)
-    try:
-        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-            dataset = datasets.load_from_disk(str(path))
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset[source.split]
-            if source.streaming:
-                dataset = dataset.to_iterable_dataset(num_shards=max(min(len(dataset), STREAM_SHARDS), 1))
-        elif path.exists():
-            files = _data_files(path)
-            reader = FILE_READERS[files[0].suffix]
-            dataset = datasets.load_dataset(
-                reader,
-                data_files={source.split: list(map(str, files))},
-                split=source.split,
-                streaming=source.streaming,
-            )
-        else:
-            dataset = datasets.load_dataset(source.path, source.config, split=source.split, streaming=source.streaming)
-    except (OSError, KeyError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"cannot open the data set {source.path} (split {source.split}): {error}") from error
-    features = dataset.features
-    if features is None:  # a stream of JSON lines does not know its columns before the first line
-        return dataset
-    if "messages" not in features and "conversations" not in features:
-        raise ValueError(f"data set {source.path} has no column messages; it has {', '.join(features)}")
-    for column in ("images", "image"):
-        if isinstance(features.get(column), datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(features.get(column), "feature", None), datasets.Image):
-            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-    return dataset
+def given_images(row: Any, keys: Sequence[str] = ("images", "image")) -> list[Any]:
+    """Images of a record as it gives them, under the first of two names that has any."""
+    images = next((row[key] for key in keys if row.get(key) is not None), None) if isinstance(row, Mapping) else None
+    return [] if images is None else images if isinstance(images, list) else [images]
 
 
-def _data_files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_READERS)
-    kinds = sorted({FILE_READERS.get(file.suffix, file.suffix) for file in files})
-    if len(kinds) != 1 or kinds[0] not in FILE_READERS.values():
-        found = ", ".join(kinds) or "none"
-        raise ValueError(f"{path} must hold files of one kind among {', '.join(FILE_READERS)}; found {found}")
-    return files
-
-
-def row_images(row: Mapping[str, Any], folder: Path | None) -> list[Any]:
-    """Images of a row of a data set: the column `images`, or `image`."""
-    images = row.get("images")
-    images = row.get("image") if images is None else images
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    return [image_source(image, folder) for image in images]
+def record_of(
+    origin: Origin, read: ReadRecord, given: list[Any], folder: Path | None, max_images: int, max_pixels: int
+) -> Record:
+    """A record from what was read of it; images that are given by name lie in `folder`."""
+    names = [image.get("path") if isinstance(image, Mapping) else image for image in given]
+    names = [name if isinstance(name, str) else None for name in names]
+    images = [image_source(image, folder) for image in given]
+    return make_record(origin, read.value, images, max_images, max_pixels, read.error, names)
 
 
 def image_source(value: Any, folder: Path | None) -> Any:

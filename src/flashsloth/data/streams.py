@@ -1,26 +1,27 @@
 """Sources without an index: data sets of messages and tar shards, read from the beginning."""
 
-import glob
 import hashlib
 import itertools
-import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .broken import BrokenSamples
-from .schema import IMAGE_PLACEHOLDER, Origin, Record, make_record
-from .sources import image_source, open_messages, row_images
+from .broken import MAX_PLACE, BrokenSamples
+from .records import CONVERSATION_KEYS, ReadRecord, iterate_records
+from .rows import check_first, json_files, open_table
+from .schema import IMAGE_PLACEHOLDER, MAX_SHOWN, Defect, Origin, Record, make_record, named
+from .shards import ending, expand_shards, image_endings, in_order, listed_names
+from .sources import given_images, record_of
+from .text_files import parse_json, printable
 
 if TYPE_CHECKING:
     from .recipe import MessagesData, WebdatasetData
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
 class RecordStream(IterableDataset):
@@ -64,30 +65,57 @@ class RecordStream(IterableDataset):
                 )
                 return
 
-    def _record(self, place: str, raw: Any, images: list[Any], read_error: str | None = None) -> Record:
-        origin = Origin(self.name, place, self.broken)
-        return make_record(origin, raw, images, self.max_images, self.max_pixels, read_error)
-
 
 class MessagesStream(RecordStream):
-    """A data set of the library `datasets`, streamed."""
+    """A data set of messages read from the beginning: JSON files, or one of the library `datasets`."""
 
     def __init__(self, source: "MessagesData", name: str, seed: int) -> None:
         super().__init__(source, name, seed)
         self.path, self.image_folder = source.path, source.image_folder
-        self.dataset = open_messages(source)
+        files = json_files(source.path)
+        self.has_places = files is not None
+        self.dataset = _open_table_stream(source) if files is None else _open_json_stream(files)
 
     def one_pass(self, number: int | None = None) -> Iterator[Record]:
         dataset = self.dataset
         if number is not None:
             dataset = dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
             dataset.set_epoch(number)
-        for index, row in enumerate(dataset):
-            # once shuffled, a row has no number: its text names it
-            where = f"row {index}" if number is None else f"row with text {_digest(row)}"
-            name = "" if row.get("id") is None else f" (id {row['id']})"
-            place = f"{self.path}: {where}{name}"
-            yield self._record(place, row, row_images(row, self.image_folder))
+        for index, row in enumerate(self._rows(dataset)):
+            if self.has_places:
+                read = ReadRecord(**row)
+            else:  # once shuffled, a row has no number: its text names it
+                where = f"row {index}" if number is None else f"row with text {_digest(row)}"
+                read = ReadRecord(f"{self.path}: {where}", row)
+            origin = Origin(self.name, named(read.place, read.value), self.broken)
+            given = given_images(read.value)
+            yield record_of(origin, read, given, self.image_folder, self.max_images, self.max_pixels)
+
+    def _rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from dataset
+        except Exception as error:  # of as many kinds as there are formats; what follows cannot be read
+            raise ValueError(f"{self.path}: the data set cannot be read to its end: {error}") from error
+
+
+def _open_json_stream(files: Sequence[Path]) -> Any:
+    from datasets import IterableDataset
+
+    for read in itertools.islice(iterate_records(files[0]), 1):
+        check_first(read)
+    return IterableDataset.from_generator(_json_rows, gen_kwargs={"files": [str(file) for file in files]})
+
+
+def _json_rows(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for read in iterate_records(Path(file)):
+            yield read._asdict()
+
+
+def _open_table_stream(source: "MessagesData") -> Any:
+    dataset = open_table(source)
+    # images stay encoded: one that is damaged is no reason to stop reading
+    return dataset if dataset.features is None else dataset.decode(False)
 
 
 def _digest(row: Mapping[str, Any]) -> str:
@@ -97,7 +125,11 @@ def _digest(row: Mapping[str, Any]) -> str:
 
 class WebdatasetStream(RecordStream):
     """Tar shards. The files of a sample share their name up to the first dot: `KEY.json` with `messages` or
-    `conversations`, or `KEY.txt` with a caption, and images in the order in which they lie in the shard.
+    `conversations`, or `KEY.txt` with a caption, and images.
+
+    Where the json lists names of its images, these give their order; else the numbers in the names of the files do
+    (`KEY.0.png` to `KEY.11.png`), since writers of shards sort members by name. Several images without either are a
+    defect.
 
     Raises:
         ValueError: no shard matches.
@@ -106,6 +138,7 @@ class WebdatasetStream(RecordStream):
     def __init__(self, source: "WebdatasetData", name: str, seed: int) -> None:
         super().__init__(source, name, seed)
         self.shards = expand_shards(source.shards)
+        self._unread: set[str] = set()
 
     def one_pass(self, number: int | None = None) -> Iterator[Record]:
         from webdataset.filters import shuffle
@@ -136,40 +169,49 @@ class WebdatasetStream(RecordStream):
         )
 
     def _read(self, members: Mapping[str, Any]) -> Record:
-        place = f"{members['__url__']}: sample {members['__key__']}"
-        images = [data for name, data in members.items() if name.rpartition(".")[2] in IMAGE_SUFFIXES]
-        if "json" in members:
+        place, key = f"{members['__url__']}: sample {members['__key__']}", members["__key__"]
+        files = {name: data for name, data in members.items() if not name.startswith("__")}
+        names = [name for name in files if ending(name) in image_endings()]
+        self._note_unread(place, files)
+        raw, error = _conversation(files, len(names))
+        defect = None
+        if error is None and len(names) > 1:
             try:
-                raw = json.loads(members["json"])
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                return self._record(place, None, images, f"its json is not valid: {error}")
-            if isinstance(raw, dict) and ("messages" in raw or "conversations" in raw):
-                return self._record(place, raw, [image_source(image, None) for image in images])
-        if "txt" not in members:
-            return self._record(place, None, images, "it has neither a json with messages nor a txt with a caption")
+                names = in_order(names, listed_names(raw), key)
+            except ValueError as problem:
+                defect = Defect("image order", str(problem))
+        origin = Origin(self.name, named(place, raw), self.broken)
+        images = [files[name] for name in names]
+        record = make_record(origin, raw, images, self.max_images, self.max_pixels, error, names)
+        if defect is not None:
+            record.defects.append(defect)
+        return record
+
+    def _note_unread(self, place: str, files: Mapping[str, bytes]) -> None:
+        """Say once of every ending that is neither text nor an image that can be read."""
+        for name in files:
+            if ending(name) not in image_endings() | {"json", "txt"} | self._unread:
+                self._unread.add(ending(name))
+                shown = printable(ending(name), MAX_SHOWN)
+                logger.warning(
+                    "data.%s: files that end in .%s are not read (%s)", self.name, shown, printable(place, MAX_PLACE)
+                )
+
+
+def _conversation(files: Mapping[str, bytes], images: int) -> tuple[Any, str | None]:
+    """The raw record of a sample, or why there is none."""
+    if "json" in files:
         try:
-            caption = members["txt"].decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            return self._record(place, None, images, f"its txt is not UTF-8: {error}")
-        asked = {"role": "user", "content": IMAGE_PLACEHOLDER * len(images)}
-        return self._record(place, {"messages": [asked, {"role": "assistant", "content": caption}]}, images)
-
-
-def expand_shards(pattern: str) -> list[str]:
-    """Paths and URLs of tar shards, by braces or by a local pattern.
-
-    Raises:
-        ValueError: nothing matches.
-        ImportError: webdataset is not installed.
-    """
+            raw = parse_json(files["json"])
+        except ValueError as error:
+            return None, f"its json is {error}"
+        if isinstance(raw, dict) and any(key in raw for key in CONVERSATION_KEYS):
+            return raw, None
+    if "txt" not in files:
+        return None, "it has neither a json with messages nor a txt with a caption"
     try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError("tar shards need webdataset: pip install 'flashsloth[webdataset]'") from error
-    shards: list[str] = []
-    for part in expand_urls(pattern):
-        is_pattern = "://" not in part and glob.has_magic(part)
-        shards += sorted(glob.glob(part)) if is_pattern else [part]
-    if not shards:
-        raise ValueError(f"shards: no file matches {pattern}")
-    return shards
+        caption = files["txt"].decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        return None, f"its txt is not UTF-8: {error}"
+    asked = {"role": "user", "content": IMAGE_PLACEHOLDER * images}
+    return {"messages": [asked, {"role": "assistant", "content": caption}]}, None

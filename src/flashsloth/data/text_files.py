@@ -36,6 +36,15 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
         raise ValueError(f"{path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
+def printable(text: object, length: int) -> str:
+    """Text for a line of a log: what a terminal cannot show is escaped, what is longer than `length` cut off."""
+    shown = str(text)[: length + 1]
+    shown = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in shown
+    )
+    return shown if len(shown) <= length else f"{shown[:length]}..."
+
+
 def parse_json(data: bytes) -> Any:
     """The value of a JSON text.
 
