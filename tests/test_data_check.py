@@ -207,7 +207,7 @@ def write_recipe(tmp_path: Path, path: Path) -> str:
 
 
 def test_the_command_prints_defects_and_says_so_by_its_exit_code(tmp_path, capsys):
-    path = write_llava(tmp_path, [(1, 1, 1), (1, 2, 3), (0, 1, 1)])
+    path = write_llava(tmp_path, [(1, 1, 1), (1, 2, 3), (0, 1, 1), (0, 1, 1)])
     recipe = write_recipe(tmp_path, path)
     assert main(["data", "check", recipe]) == 0
     out = capsys.readouterr().out

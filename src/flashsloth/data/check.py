@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from .broken import BrokenSamples
+from .broken import MAX_PLACE, MAX_REASON, BrokenSamples
 from .collator import Collator
-from .dataset import build_collator, build_source
+from .dataset import TEMPLATE_WITHOUT_ANSWERS, build_collator, build_source
 from .inspection import Inspection, Inspector, inspect_record
 from .recipe import MixtureData, RecipeSettings, StageSettings, is_streamed
 from .sampler import ModalityLengthSampler
 from .streams import RecordStream
+from .text_files import printable
 
 if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
@@ -184,6 +185,10 @@ def check_recipe(
     lengths = {stage.name: {name: StageSourceReport() for name in _parts(recipe, stage)} for stage in recipe.stages}
     reports: list[SourceReport] = []
     findings: list[Finding] = []
+    for stage in recipe.stages:
+        if not collators[stage.name].marks_answers():  # said once, and not of every sample
+            findings.append(_finding(stage.data, "no label", f"stage {stage.name}", TEMPLATE_WITHOUT_ANSWERS))
+            del collators[stage.name]
     sources: dict[str, Any] = {}
     for name, stages in users.items():
         if not stages or isinstance(recipe.data[name], MixtureData):
@@ -199,19 +204,30 @@ def check_recipe(
             expected = limit if indices is None else len(indices)
             if isinstance(sources[name], RecordStream):
                 sources[name].broken = DamagedShards(name, findings)
-            used = {stage.name: collators[stage.name] for stage in stages}
+            used = {stage.name: collators[stage.name] for stage in stages if stage.name in collators}
             for inspection in _inspect(sources[name], used, indices, limit, workers):
                 _add(inspection, report, lengths, processor.num_image_tokens)
                 findings += _findings(name, inspection, places)
                 if on_progress is not None:
                     on_progress(name, report.checked, expected)
+            if not report.checked:
+                findings.append(_finding(name, "unreadable source", f"data.{name}", "it holds no samples"))
         except (ValueError, OSError) as error:
-            findings.append(Finding(name, "unreadable source", f"data.{name}", str(error)))
+            findings.append(_finding(name, "unreadable source", f"data.{name}", error))
     stage_reports = [
         _stage_report(recipe, stage, sources, lengths[stage.name], processor.num_image_tokens, processes)
         for stage in recipe.stages
     ]
+    for stage, prepared in zip(recipe.stages, stage_reports, strict=True):
+        samples = prepared.samples_per_epoch
+        if samples is not None and samples < stage.batch_size * processes:
+            message = f"{samples} samples fill no batch of {stage.batch_size} for each of {processes} processes"
+            findings.append(_finding(stage.data, "too few samples", f"stage {stage.name}", message))
     return Report(reports, stage_reports, findings)
+
+
+def _finding(source: str, kind: str, place: object, message: object) -> Finding:
+    return Finding(source, kind, printable(place, MAX_PLACE), printable(message, MAX_REASON))
 
 
 def _parts(recipe: RecipeSettings, stage: StageSettings) -> list[str]:
@@ -228,7 +244,7 @@ class DamagedShards(BrokenSamples):
 
     def add(self, place: str, reason: object) -> None:
         """One more finding."""
-        finding = Finding(self.source, "damaged shard", place, str(reason))
+        finding = _finding(self.source, "damaged shard", place, reason)
         if finding not in self.findings[-2:]:  # reading on after the damage reports it again
             self.findings.append(finding)
 
@@ -274,11 +290,11 @@ def _add(
 
 def _findings(source: str, inspection: Inspection, places: dict[str, str]) -> Iterator[Finding]:
     for defect in inspection.defects:
-        yield Finding(source, defect.kind, inspection.place, defect.message)
+        yield _finding(source, defect.kind, inspection.place, defect.message)
     if inspection.identifier is not None:
         first = places.setdefault(inspection.identifier, inspection.place)
         if first != inspection.place:
-            yield Finding(source, "duplicate id", inspection.place, f"the id is also that of {first}")
+            yield _finding(source, "duplicate id", inspection.place, f"the id is also that of {first}")
 
 
 def _stage_report(
@@ -298,7 +314,10 @@ def _stage_report(
         elif stage.group_by != "none" and not isinstance(source, MixtureData):
             batches = stage.gradient_accumulation * processes
             sizes = sources[stage.data].sizes()
-            samples = len(ModalityLengthSampler(sizes, image_tokens, stage.batch_size, batches, recipe.seed))
+            try:
+                samples = len(ModalityLengthSampler(sizes, image_tokens, stage.batch_size, batches, recipe.seed))
+            except ValueError:
+                samples = 0  # neither samples with images nor those without fill a batch
     steps = None
     if samples is not None:
         batches = samples // stage.batch_size // processes

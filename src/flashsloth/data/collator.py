@@ -31,6 +31,10 @@ class Measure(NamedTuple):
     kept_images: int
 
 
+class NoLabelError(ValueError):
+    """There is nothing to learn from a sample: no token of it is an answer's."""
+
+
 class Collator:
     """Loads images, renders the stage's template, tokenises, pads and labels a batch.
 
@@ -122,11 +126,32 @@ class Collator:
         """A padded batch of whole samples.
 
         Raises:
+            NoLabelError: a sample of which no token is to be learned.
             ValueError: a sample that does not fit the template, or whose first turn is longer than `max_length`.
         """
         if self.template == "plain":
-            return self._encode_captions(samples, with_pixels)
-        return self._encode_conversations(samples, with_pixels)
+            batch = self._encode_captions(samples, with_pixels)
+        else:
+            batch = self._encode_conversations(samples, with_pixels)
+        _check_labels(batch["labels"])
+        return batch
+
+    def marks_answers(self) -> bool:
+        """Whether the stage's template says of any conversation which of it is to be learned."""
+        try:
+            batch = self._blank_batch()
+        except ValueError:
+            return True  # it refuses a question about one image; what it makes of the data is for the data to show
+        return bool(_has_label(batch["labels"]).all())
+
+    def is_usable(self, item: Record | Sample) -> bool:
+        """Whether a sample can be learned from; one that cannot is counted.
+
+        Raises:
+            ValueError: more samples are broken than their source allows.
+        """
+        sample = item.load() if isinstance(item, Record) else item
+        return sample is not None and self._is_usable(sample)
 
     def _is_usable(self, sample: Sample) -> bool:
         try:
@@ -162,9 +187,12 @@ class Collator:
             (length,) = whole["attention_mask"].sum(-1).tolist()
             if length > self.max_length:
                 self._encode_captions([sample], with_pixels=False)  # refuses a cut into the image
+            _check_labels(whole["labels"][:, : self.max_length])
             return Measure(length, min(length, self.max_length), 1, 1, len(sample.images))
-        (length,) = self._lengths(self._apply_template([sample], with_pixels=False))
+        batch = self._apply_template([sample], with_pixels=False)
+        (length,) = self._lengths(batch)
         (cut,), (kept_length,) = self._cut([sample], [length])
+        _check_labels((batch if cut is sample else self._apply_template([cut], with_pixels=False))["labels"])
         turns, kept_turns = (
             sum(message["role"] == "user" for message in messages) for messages in (sample.messages, cut.messages)
         )
@@ -230,15 +258,19 @@ class Collator:
         logger.debug("dropped the last turn of a conversation of %d tokens (max_length %d)", length, self.max_length)
         return dataclasses.replace(sample, messages=messages, images=sample.images[: count_images(messages)])
 
-    def _empty_batch(self) -> dict[str, Tensor]:
-        """A row that takes every path through the model and whose labels are ignored."""
+    def _blank_batch(self) -> dict[str, Tensor]:
+        """A row about a blank image that takes every path through the model."""
         question = [{"type": "image"}, {"type": "text", "text": "?"}]
         answer = [{"type": "text", "text": "."}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         blank = Sample([Image.new("RGB", (1, 1))], messages, caption=".")
-        batch = (
-            self._encode_captions([blank], True) if self.template == "plain" else self._apply_template([blank], True)
-        )
+        if self.template == "plain":
+            return self._encode_captions([blank], True, max_length=NO_LIMIT)
+        return self._apply_template([blank], True)
+
+    def _empty_batch(self) -> dict[str, Tensor]:
+        """A row whose labels are ignored."""
+        batch = self._blank_batch()
         batch["labels"].fill_(IGNORED_LABEL)
         return batch
 
@@ -248,3 +280,15 @@ class Collator:
         pad = self.processor.tokenizer.pad_token_id
         longest = max(self.max_length, batch["input_ids"].shape[1])  # the row of an empty batch may be longer
         return pack(batch, longest, pad, self.pad_to_multiple_of, single_row=self.packing == "single_row")
+
+
+def _has_label(labels_BT: Tensor) -> Tensor:
+    """Whether each row teaches anything, (B,) bool. Nothing predicts a row's first token, whatever its label."""
+    return (labels_BT[:, 1:] != IGNORED_LABEL).any(-1)
+
+
+def _check_labels(labels_BT: Tensor) -> None:
+    if not bool(_has_label(labels_BT).all()):
+        raise NoLabelError(
+            "it has no label: the template marks no token of it as an answer's, or max_length leaves none"
+        )

@@ -1,5 +1,6 @@
 """The training data of a stage, from the recipe."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -18,10 +19,16 @@ from .recipe import (
     is_streamed,
 )
 from .sources import LlavaSamples, MessagesSamples, RecordedSamples, SyntheticSamples
-from .streams import MessagesStream, WebdatasetStream
+from .streams import MessagesStream, RecordStream, WebdatasetStream
 
 if TYPE_CHECKING:
     from ..model.processing_flashsloth import FlashSlothProcessor
+
+
+TEMPLATE_WITHOUT_ANSWERS = (
+    "the chat template marks nothing as an answer, so there is nothing to learn; put {% generation %} and "
+    "{% endgeneration %} around the assistant's text in it"
+)
 
 
 def build_dataset(recipe: RecipeSettings, stage: StageSettings, image_size: int) -> Any:
@@ -98,3 +105,27 @@ def keep_encoded_samples(dataset: Any, samples: int | None, megabytes: int, work
     if megabytes:
         for source in repeated:
             source.cache = SampleCache(len(source), megabytes // len(repeated), workers)
+
+
+def check_learnable(dataset: Any, stage: StageSettings, collator: Collator) -> None:
+    """Refuse data of which nothing can be learned.
+
+    Args:
+        dataset: of the stage. Of each source, samples are read up to the first one that can be used.
+
+    Raises:
+        ValueError: the template marks no answers, or a source has no sample that can be used, or more broken ones
+            than it allows.
+    """
+    if not collator.marks_answers():
+        raise ValueError(f"stage {stage.name!r}: {TEMPLATE_WITHOUT_ANSWERS}")
+    for source in dataset.sources if isinstance(dataset, (MixedSamples, MixedStream)) else [dataset]:
+        if isinstance(source, RecordStream):
+            items: Iterable[Any] = source.one_pass()
+        else:
+            items = (source[index] for index in range(len(source)))
+        if not any(map(collator.is_usable, items)):
+            raise ValueError(
+                f"stage {stage.name!r}: nothing can be learned from data.{source.name}: it has no sample that can be "
+                f"used ({source.num_broken} broken ones); flashsloth data check names every defect"
+            )

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .collator import Collator, Measure
+from .collator import Collator, Measure, NoLabelError
 from .schema import IMAGE_TYPES, Defect, Record, Sample
 
 
@@ -53,6 +53,8 @@ def inspect_record(record: Record | Sample, collators: Mapping[str, Collator]) -
     for stage, collator in collators.items():
         try:
             inspection.measures[stage] = collator.measure(sample)
+        except NoLabelError as error:
+            inspection.defects.append(Defect("no label", f"stage {stage}: {error}"))
         except ValueError as error:
             inspection.defects.append(Defect("unfit for a stage", f"stage {stage}: {error}"))
     return inspection

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 
 from ..checkpoints.files import write_whole
+from ..data.text_files import parse_json
 from .optimization import ProgressScheduler, first_rank_value
 from .recipe import LoggingRecipe
 
@@ -93,6 +94,24 @@ class Speed:
         return steps * self.images_per_step / seconds, tokens / seconds, seconds / max(steps, 1)
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log.jsonl; none where there is no such file. A last line that was cut by a kill is left out.
+
+    Raises:
+        ValueError: a line that is no row of a log; the message names it.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is {error}; remove the line") from error
+        if not isinstance(row, dict) or not {"stage", "step", "loss"} <= row.keys():
+            raise ValueError(f"{path}: line {number} is no row of a log of training; remove the line")
+        rows.append(row)
+    return rows
+
+
 class LogFile(TrainerCallback):
     """One JSON line for each log of the Trainer, with images and seconds, in a file that a run can commit.
 
@@ -107,10 +126,9 @@ class LogFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
-            # a line without its end was cut by a kill or a full disk
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            rows = [json.loads(line) for line in lines]
-            rows = [row for row in rows if row["stage"] != self.stage or row["step"] <= state.global_step]
+            rows = [
+                row for row in read_log(self.path) if row["stage"] != self.stage or row["step"] <= state.global_step
+            ]
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if torch.accelerator.is_available():
             torch.accelerator.reset_peak_memory_stats()
@@ -215,6 +233,10 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the line away and give the terminal its cursor back, also where training did not come to its end."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

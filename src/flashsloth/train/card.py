@@ -1,6 +1,5 @@
 """The model card of a trained folder, and the picture of its loss."""
 
-import json
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 from ..checkpoints.adapters import BASE_FILE, CARD_FILE
 from ..checkpoints.files import read_json, replace_file, write_json
 from ..data.recipe import DataRecipe, MixtureData, SyntheticData, WebdatasetData
+from .callbacks import read_log
 from .freeze import PartCount
 from .recipe import SAMPLES_FILE, Recipe, StageRecipe, dump_recipe
 
@@ -53,11 +53,6 @@ def record_samples(folder: Path, stage: str, samples: int) -> None:
     path = folder / SAMPLES_FILE
     counts = {**(read_json(path) if path.exists() else {}), stage: samples}
     replace_file(path, lambda staging: write_json(staging, counts))
-
-
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl; none where there is no such file."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line] if log.exists() else []
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], stages: Sequence[str], path: Path) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.dataset import build_collator, build_dataset, keep_encoded_samples
+from ..data.dataset import build_collator, build_dataset, check_learnable, keep_encoded_samples
 from ..data.packing import check_packing
 from ..data.recipe import is_streamed
 from ..kernels.packed_layers import keep_freed_memory, lacks_kernels
@@ -53,27 +54,72 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Sequence[TrainerCallbac
         _check_precision_on_cpu(recipe.precision)
     processes = PartialState(cpu=uses_cpu())
     processes.wait_for_everyone()
+    set_seed(recipe.seed)
+    done = {stage.name for stage in recipe.stages if _model_folder(recipe, stage).exists()}
+    todo = [stage for stage in recipe.stages if stage.name not in done]
+    model: FlashSlothForConditionalGeneration | None = None
+    processor: FlashSlothProcessor | None = None
+    finished: Path | None = None
+    opened: dict[str, Any] = {}
+    if todo:  # everything is looked at before a folder is made, so that a refused run leaves none behind
+        first = recipe.stages.index(todo[0])
+        finished = _model_folder(recipe, recipe.stages[first - 1]) if first else None
+        model, processor = build(recipe.model) if finished is None else load(finished)
+        for stage in todo:
+            dataset = build_dataset(recipe, stage, model.config.image_height)
+            check_learnable(dataset, stage, build_collator(recipe, stage, processor))
+            opened.setdefault(todo[0].name, dataset)  # what later stages need is opened again, not held until then
+    processes.wait_for_everyone()
     if processes.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         _record_recipe(recipe, output_dir / RECIPE_FILE)
     processes.wait_for_everyone()
-    set_seed(recipe.seed)
-    model: FlashSlothForConditionalGeneration | None = None
-    processor: FlashSlothProcessor | None = None
-    finished: Path | None = None
-    for stage in recipe.stages:
-        folder = output_dir / stage.name / MODEL_FOLDER
-        if folder.exists():
-            logger.info("stage %s is finished already", stage.name)
-        else:
-            if model is None or processor is None:
-                model, processor = build(recipe.model) if finished is None else load(finished)
-            stage = with_accumulation(stage, processes.num_processes)
-            base = recipe.model.checkpoint if finished is None else str(finished)
-            if _run_stage(recipe, stage, model, processor, base, callbacks):
-                model = processor = None  # what this process holds of it is a share
-        finished = folder
-    return output_dir / recipe.stages[-1].name / MODEL_FOLDER
+    try:
+        for stage in recipe.stages:
+            folder = _model_folder(recipe, stage)
+            if stage.name in done:
+                logger.info("stage %s is finished already", stage.name)
+            else:
+                if model is None or processor is None:
+                    assert finished is not None, "the first model is there, later ones begin where a stage has ended"
+                    model, processor = load(finished)
+                stage = with_accumulation(stage, processes.num_processes)
+                base = recipe.model.checkpoint if finished is None else str(finished)
+                dataset = opened.pop(stage.name, None)
+                if dataset is None:
+                    dataset = build_dataset(recipe, stage, model.config.image_height)
+                if _run_stage(recipe, stage, dataset, model, processor, base, callbacks):
+                    model = processor = None  # what this process holds of it is a share
+            finished = folder
+    except BaseException:
+        if processes.is_main_process and last_checkpoint(recipe) is None:
+            _forget(recipe)
+        raise
+    return _model_folder(recipe, recipe.stages[-1])
+
+
+def _model_folder(recipe: Recipe, stage: StageRecipe) -> Path:
+    return recipe.output_dir / stage.name / MODEL_FOLDER
+
+
+def last_checkpoint(recipe: Recipe) -> Path | None:
+    """The folder from which a run that has ended early would go on: of the last stage that has one."""
+    for stage in reversed(recipe.stages):
+        folder = recipe.output_dir / stage.name
+        if (folder / MODEL_FOLDER).exists():
+            return folder / MODEL_FOLDER
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if checkpoint is not None:
+            return Path(checkpoint)
+    return None
+
+
+def _forget(recipe: Recipe) -> None:
+    """Let a run that has ended without a checkpoint be begun again; what it has logged stays to be looked at."""
+    (recipe.output_dir / RECIPE_FILE).unlink(missing_ok=True)
+    for folder in (*(recipe.output_dir / stage.name for stage in recipe.stages), recipe.output_dir):
+        with suppress(OSError):  # it is not there, or not empty
+            folder.rmdir()
 
 
 def _check_precision_on_cpu(precision: str) -> None:
@@ -95,6 +141,7 @@ def _samples_drawn(stage: StageRecipe, dataset: Any, samples_of_step: int) -> in
 def _run_stage(
     recipe: Recipe,
     stage: StageRecipe,
+    dataset: Any,
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
     base: str | None,
@@ -107,7 +154,6 @@ def _run_stage(
     """
     stage_dir = recipe.output_dir / stage.name
     stage_dir.mkdir(parents=True, exist_ok=True)
-    dataset = build_dataset(recipe, stage, model.config.image_height)
     if stage.packing:
         check_packing(model.model.language_model)
     if stage.lora is None:
@@ -140,15 +186,21 @@ def _run_stage(
             dataset, _samples_drawn(stage, dataset, images), recipe.loader.cache_mb, recipe.loader.workers
         )
     trainer.add_callback(LogFile(recipe.output_dir / LOG_FILE, stage.name, images))
+    bar = ProgressBar(stage.name, images)
     if recipe.logging.progress:
-        trainer.add_callback(ProgressBar(stage.name, images))
+        trainer.add_callback(bar)
     trainer.add_callback(Clock(recipe.checkpoints.every_minutes))
     for callback in callbacks:
         trainer.add_callback(callback)
     if uses_cpu():
         keep_freed_memory()  # a step frees and asks again for the same memory
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
-    trainer.stop_workers()
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(stage_dir)))
+    except ValueError as error:
+        raise ValueError(_without_traceback(str(error))) from error
+    finally:
+        bar.stop()
+        trainer.stop_workers()
     if trainer.glyph_supervision is not None:
         trainer.glyph_supervision.remove()
     if dataset.num_broken:
@@ -165,6 +217,14 @@ def _run_stage(
 
     trainer.save_result(stage_dir / MODEL_FOLDER, finish)
     return trainer.is_sharded
+
+
+def _without_traceback(message: str) -> str:
+    """The reason alone, where torch has put a worker process's whole traceback into the message."""
+    if not message.startswith("Caught ") or "DataLoader worker" not in message:
+        return message
+    kind, separator, reason = message.rstrip().rpartition("\n")[2].partition(": ")
+    return reason if separator else kind
 
 
 def _record_recipe(recipe: Recipe, path: Path) -> None:

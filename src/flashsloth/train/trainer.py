@@ -2,16 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import has_length, rotate_checkpoints
 from transformers.utils import strtobool
 
 from ..data.recipe import is_streamed
@@ -27,6 +28,7 @@ from .saving import replace_folder, staged
 # Steps of a stage that only the clock ends; the Trainer wants a number.
 UNLIMITED_STEPS = 10**9
 _STAGING = "incomplete"
+MAX_REASON = 500  # characters of what a library says
 # What the launcher sets when it asks for sharding, and what accelerate then makes of the run.
 SHARDING_VARIABLES = {
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
@@ -46,6 +48,19 @@ def check_launcher(running: DistributedType | None) -> None:
                 f"the launcher asks for {kind.value}, which needs accelerators (GPUs), and FSDP at least two; this "
                 "run would go on without it. Launch with configs/accelerate/ddp.yaml"
             )
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Make one sentence of what libraries raise on a checkpoint that is damaged, or of another model."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise ValueError(
+            f"cannot go on from {checkpoint}: {type(error).__name__}: {reason}. Was the recipe's model changed? If "
+            "the folder is damaged, remove it: the run goes on from the one before"
+        ) from error
 
 
 def uses_cpu() -> bool:
@@ -155,11 +170,33 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise ValueError(
+                f"stage {self.stage.name!r}: data.{self.stage.data} has {len(self.train_dataset)} samples, which fill "
+                f"no batch of {self.stage.batch_size} for each of {self.args.world_size} processes; lower batch_size"
+            )
         # Starting workers draws a random number: not one of those that training draws, since a resumed run starts
         # them more often than one that goes on.
         self._loader = getattr(loader, "base_dataloader", loader)
         self._loader.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        with self._last_batch_kept():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        with self._last_batch_kept():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _last_batch_kept(self) -> Iterator[None]:
+        """Training leaves out a last incomplete batch; an evaluation would lose samples, or all of them."""
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = True
 
     def stop_workers(self) -> None:
         """End the loader's worker processes; they wait for another epoch otherwise, as long as this process runs."""
@@ -203,6 +240,19 @@ class StageTrainer(Trainer):
         if self._parameter_count is None:
             self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
         return 6 * self._parameter_count * inputs["input_ids"].numel()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _readable(resume_from_checkpoint):
+            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
