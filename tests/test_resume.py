@@ -201,3 +201,46 @@ def test_two_processes_killed(recipe_file, tmp_path, kind):
     kill_at(8, tmp_path / "cut", [sys.executable, "-m", *launcher(kind), *cut])
     launch(launcher(kind), "train", "--resume", *cut[1:])
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "replaced"])
+def test_a_damaged_checkpoint_is_named(stopped, recipe_file, tmp_path, name, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    (file,) = folder.glob(f"mixed/checkpoint-*/{name}")
+    file.write_bytes(file.read_bytes()[:50] if damage == "cut" else b"\x00\xff")
+    with pytest.raises(ValueError, match=rf"cannot go on from {file.parent}: "):
+        run(stopped_recipe(folder, recipe_file), resume=True)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", '{"stage": "mixed"}', "\ud83d"])
+def test_a_damaged_log_is_named(stopped, recipe_file, tmp_path, line):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    log = folder / "log.jsonl"
+    log.write_bytes(log.read_bytes() + line.encode("utf-8", "surrogatepass") + b"\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl: line 3 is "):
+        run(stopped_recipe(folder, recipe_file), resume=True)
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def stopped_recipe(folder: Path, recipe_file: Path) -> Recipe:
+    overrides = [f"output_dir={folder}", "checkpoints.every_steps=2", "stages.mixed.max_steps=3"]
+    return load_recipe(recipe_file, [*overrides, "stages.mixed.gradient_accumulation=1"])
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe_file) -> Path:
+    """A run that was interrupted after its second step."""
+    folder = recipe_file.parent / "stopped"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flashsloth.train.callbacks.Clock.on_save", interrupted)
+        run(stopped_recipe(folder, recipe_file))
+    return folder

@@ -18,6 +18,8 @@ from flashsloth.train.freeze import PART_NAMES, part_of, set_trainable_parts
 from flashsloth.train.optimization import ProgressScheduler, build_optimizer, orthogonalise
 from flashsloth.train.recipe import Recipe, load_recipe
 from flashsloth.train.run import run
+from flashsloth.train.trainer import StageTrainer, training_arguments
+from flashsloth_cli.main import main
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug" / "two_stages.yaml"
 
@@ -152,10 +154,11 @@ def test_the_loss_falls_and_the_log_has_every_step(tmp_path):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
-def test_resume_continues_as_if_nothing_had_happened(trained, tmp_path, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
 
+
+def test_resume_continues_as_if_nothing_had_happened(trained, tmp_path, monkeypatch):
     folder = tmp_path / "debug"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("flashsloth.train.callbacks.Clock.on_save", interrupted)
@@ -241,3 +244,97 @@ def test_evaluation_counts_questions_and_undoes_its_ablations(built):
         assert torch.equal(model(**batch).logits, plain)
     with pytest.raises(ValueError, match="retraining"), replaced_compressor(model, "none"):
         pass
+
+
+REFUSED = {
+    "missing data": (
+        ["data.mine={kind: llava, path: none.json, image_folder: .}", "stages.1.data=mine", "stages.1.turns=null"],
+        "none.json: there is no such file",
+    ),
+    "missing folder": (
+        ["data.mine={kind: llava, path: none.json, image_folder: gone}", "stages.pretrain.data=mine"],
+        "gone is not a folder",
+    ),
+    "missing model": (["model={checkpoint: no-such-model}"], "no-such-model"),
+    "impossible model": (["model.language.hidden_size=-3"], "model: no model can be made"),
+    "too large a batch": (["stages.pretrain.batch_size=1000"], "fill no batch"),
+    "unknown layer": (
+        ["stages.1.lora={rank: 2, alpha: 2, target_modules: [nothing]}", "stages.0.max_steps=1"],
+        "no linear layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_a_refused_run_leaves_nothing_in_the_way_of_the_next(tmp_path, capsys, overrides):
+    command = ["train", str(DEBUG), f"output_dir={tmp_path / 'runs' / 'debug'}"]
+    changes, message = REFUSED[overrides]
+    assert main([*command, *changes]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    folder = tmp_path / "runs" / "debug"
+    if overrides == "unknown layer":  # the first stage has ended well: that is kept, and the way on is named
+        assert main(command) == 2 and "--resume" in capsys.readouterr().err
+        assert main([*command, "--resume"]) == 0
+    else:
+        assert not folder.exists()
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_can_be_begun_again(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr("flashsloth.train.callbacks.Clock.on_step_end", failing)
+        run(debug_recipe(folder))
+    assert not (folder / "recipe.yaml").exists()
+    assert run(debug_recipe(folder)).is_dir()
+    assert [row["step"] for row in log_rows(folder)] == [1, 2, 3, 4, 1, 2, 3, 4]
+
+
+def failing(*args, **kwargs):
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize("moment", ["on_step_end", "on_save"])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch, moment):
+    folder = tmp_path / "a run"
+    command = ["train", str(DEBUG), f"output_dir={folder}", "checkpoints.every_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"flashsloth.train.callbacks.Clock.{moment}", interrupted)
+        assert main(command) == 130
+    shown = " ".join(capsys.readouterr().err.splitlines()[-1:])
+    again = f"flashsloth train {DEBUG} 'output_dir={folder}' checkpoints.every_steps=2"
+    if moment == "on_step_end":
+        assert shown == f"interrupted before the first checkpoint; begin again with: {again}"
+        assert not (folder / "recipe.yaml").exists()
+    else:
+        assert shown == f"interrupted; {folder / 'pretrain' / 'checkpoint-2'} is kept. Go on with: {again} --resume"
+        assert (folder / "pretrain" / "checkpoint-2" / "model.safetensors").exists()
+        assert main([*command, "--resume"]) == 0
+
+
+def test_a_stage_is_evaluated_with_metrics_of_its_logits(built, tmp_path):
+    model, processor = built
+    recipe = debug_recipe(tmp_path)
+    stage = recipe.stages[1]
+    dataset = [
+        Sample([], text_turns("what?", "yes")),
+        Sample([], text_turns("how are you?", "well")),
+        Sample([], text_turns("a", "b")),
+    ]
+    trainer = StageTrainer(
+        model=model,
+        args=training_arguments(recipe, stage, tmp_path, sequential=True),
+        stage=stage,
+        eval_dataset=dataset,
+        data_collator=Collator(processor, "chat", stage.max_length),
+        processing_class=processor,
+        compute_metrics=lambda given: {"width": given.predictions.shape[-1], "rows": len(given.predictions)},
+    )
+    found = trainer.evaluate()
+    assert (found["eval_width"], found["eval_rows"]) == (model.config.text_config.vocab_size, 3)
+    assert found["eval_loss"] > 0
+
+
+def text_turns(question: str, answer: str) -> list[dict]:
+    turns = (("user", question), ("assistant", answer))
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]

@@ -45,6 +45,11 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
     """
     if recipe.checkpoint is not None:
         return load(recipe.checkpoint, recipe.quantization, recipe.dtype)
+    with _refusals():
+        return _build_new(recipe)
+
+
+def _build_new(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, FlashSlothProcessor]:
     assert recipe.language is not None and recipe.vision is not None, "the recipe has checked it"
     tokenizer = _tokenizer(recipe)
     language_weights = None
@@ -74,15 +79,27 @@ def build_processor(recipe: ModelRecipe) -> tuple[FlashSlothConfig, FlashSlothPr
     if recipe.checkpoint is not None:
         folder = _whole_model(recipe.checkpoint)
         return load_config(folder), load_processor(folder)
-    tokenizer = _tokenizer(recipe)
-    if isinstance(recipe.language, str):
-        text_config = _language_config(recipe.language)
-        text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    else:
-        assert recipe.language is not None, "the recipe has checked it"
-        text_config = _sub_config(recipe.language, vocab_size=len(tokenizer))
-    config = _join(recipe, text_config, tokenizer)
-    return config, _processor(recipe, config, tokenizer)
+    with _refusals():
+        tokenizer = _tokenizer(recipe)
+        if isinstance(recipe.language, str):
+            text_config = _language_config(recipe.language)
+            text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
+        else:
+            assert recipe.language is not None, "the recipe has checked it"
+            text_config = _sub_config(recipe.language, vocab_size=len(tokenizer))
+        config = _join(recipe, text_config, tokenizer)
+        return config, _processor(recipe, config, tokenizer)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Make one sentence of what libraries raise on configurations that no model has."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, AssertionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"model: no model can be made of these settings ({type(error).__name__}: {error})") from error
 
 
 def _join(recipe: ModelRecipe, text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> FlashSlothConfig:
@@ -271,7 +288,7 @@ def _normalization(vision: str) -> dict[str, Any]:
 def _sub_config(values: dict[str, Any], **defaults: Any) -> PreTrainedConfig:
     values = {**defaults, **values}
     model_type = values.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r} is not known to transformers")
     if "vocab_size" in defaults and values["vocab_size"] < defaults["vocab_size"]:
         raise ValueError(

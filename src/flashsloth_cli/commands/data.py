@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,10 @@ def check(
     settings = load_recipe(recipe, overrides)
     config, processor = build_processor(settings.model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    progress = Progress(*columns, console=console, transient=True)
+    # where nothing is drawn, it would still print an empty line
+    with progress if console.is_terminal else nullcontext():
         tasks: dict[str, Any] = {}
 
         def on_progress(name: str, done: int, total: int | None) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130  # as shells count a process that SIGINT has ended
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
@@ -25,6 +27,7 @@ def train(
       flashsloth train configs/nano/nano.yaml --resume
     """
     import logging
+    import shlex
 
     from rich.logging import RichHandler
 
@@ -34,7 +37,17 @@ def train(
     logging.getLogger("flashsloth").setLevel(logging.INFO)
     settings = load_recipe(recipe, overrides)
 
-    from flashsloth.train.run import run
+    from flashsloth.train.run import last_checkpoint, run
 
-    folder = run(settings, resume=resume)
+    try:
+        folder = run(settings, resume=resume)
+    except KeyboardInterrupt:
+        command = shlex.join(["flashsloth", "train", str(recipe), *(overrides or [])])
+        checkpoint = last_checkpoint(settings)
+        if checkpoint is None:
+            message = f"interrupted before the first checkpoint; begin again with: {command}"
+        else:
+            message = f"interrupted; {checkpoint} is kept. Go on with: {command} --resume"
+        typer.echo(message, err=True)
+        raise typer.Exit(INTERRUPTED) from None
     logging.getLogger("flashsloth").info("trained model: %s", folder)
