@@ -238,6 +238,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     for name in ("pipe.json", "none.json", "."):
         with pytest.raises(ValueError, match="cannot read data file"):
             llava(tmp_path / name)
+    with pytest.raises(ValueError, match=r"pipe\.json is no regular file"):
+        shard_records(tmp_path / "pipe.*")
 
 
 def test_messages_hold_what_a_terminal_can_show():

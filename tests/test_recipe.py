@@ -244,6 +244,11 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
     assert load_text(tmp_path, b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode()) == expected
 
 
+def test_a_character_that_json_escapes_as_two_is_one(tmp_path):
+    load_text(tmp_path, TEXT)
+    assert load_recipe(tmp_path / "recipe.yaml", ['license="\\ud83d\\ude00"']).license == "\U0001f600"
+
+
 def test_what_an_alias_shares_is_overridden_in_one_place(tmp_path):
     text = (
         "model: {checkpoint: a}\noutput_dir: out\ndata: {d: {kind: synthetic, size: 8, weights: {scenes: 1}}}\n"

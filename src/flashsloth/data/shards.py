@@ -1,6 +1,7 @@
 """Names in tar shards: which files a pattern stands for, which members of a sample are images, and their order."""
 
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -32,6 +33,9 @@ def expand_shards(pattern: str) -> list[str]:
         found = sorted(glob.glob(part, recursive=True)) if is_pattern else [part]
         if not found:
             raise ValueError(f"shards: no file matches {part}")
+        for shard in found:
+            if os.path.exists(shard) and not os.path.isfile(shard):  # a pipe would wait for a writer
+                raise ValueError(f"shards: {shard} is no regular file")
         shards += found
     if not shards:
         raise ValueError(f"shards: no file matches {pattern}")

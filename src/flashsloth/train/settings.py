@@ -58,6 +58,7 @@ class _Loader(yaml.SafeLoader):
     def _check(self, node: Any) -> int:
         """Characters of a node with all that is below it."""
         if isinstance(node, yaml.ScalarNode):
+            node.value = _joined(node.value)
             if not is_text(node.value):
                 raise ComposerError(None, None, "text with NUL or half a surrogate pair", node.start_mark)
             return 1 + len(node.value)
@@ -96,6 +97,13 @@ for _kind, _pattern, _first in (
     ("merge", "<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def _joined(value: str) -> str:
+    """Text in which pairs of surrogates, as JSON escapes them, are the characters that they stand for."""
+    if value.isascii():
+        return value
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def is_text(value: str) -> bool:
