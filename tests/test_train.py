@@ -256,7 +256,8 @@ REFUSED = {
         "gone is not a folder",
     ),
     "missing model": (["model={checkpoint: no-such-model}"], "no-such-model"),
-    "impossible model": (["model.language.hidden_size=-3"], "model: no model can be made"),
+    "impossible model": (["model.language.hidden_size=-3"], "hidden_size"),
+    "unknown function": (["model.vision.hidden_act=cube"], "no model can be made of these settings"),
     "too large a batch": (["stages.pretrain.batch_size=1000"], "fill no batch"),
     "unknown layer": (
         ["stages.1.lora={rank: 2, alpha: 2, target_modules: [nothing]}", "stages.0.max_steps=1"],
