@@ -32,11 +32,11 @@ def base_folder(adapter: Path, base: str | None = None) -> Path:
     Raises:
         ValueError: no base model is recorded, it cannot be found, or an adapter stands on itself.
     """
-    return _stack(adapter, base)[-1]
+    return stack(adapter, base)[-1]
 
 
-def _stack(adapter: Path, base: str | None) -> list[Path]:
-    """The adapter, what it stands on, and so on down to a whole model."""
+def stack(adapter: Path, base: str | None = None) -> list[Path]:
+    """The adapter, what it stands on, and so on down to a whole model; errors as `base_folder`."""
     folders = [adapter, _folder_below(adapter, base)]
     while hub.is_adapter(folders[-1]):
         below = _folder_below(folders[-1], None)
@@ -79,7 +79,7 @@ def load_merged(adapter: Path, base: str | None = None, dtype: str = "auto") -> 
         ImportError: peft is missing.
     """
     peft = import_peft()
-    *adapters, whole = _stack(adapter, base)
+    *adapters, whole = stack(adapter, base)
     model = load_plain(whole, dtype)
     for folder in reversed(adapters):
         model = _merged(model, folder, peft)

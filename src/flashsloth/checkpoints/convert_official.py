@@ -98,10 +98,10 @@ def convert_checkpoint(
         logger.info("%s already is in the wanted format.", source)
         return destination
     check_destination(source, destination, overwrite)
+    tensors = TensorFolder(source)
     if ours != to_official:
         logger.info("%s already is in the wanted format; copying it.", source)
         return write_folder(destination, overwrite, lambda folder: _copy(source, folder), size_of(source))
-    tensors = TensorFolder(source)
     plan: _Plan
     with reading(source):
         if to_official:

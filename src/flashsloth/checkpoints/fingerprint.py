@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from . import hub
-from .adapters import _stack
+from .adapters import stack
 
 # of weights, settings, vocabularies and templates
 SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
@@ -26,7 +26,7 @@ def fingerprint(name: str | os.PathLike[str]) -> str:
         ValueError: no such model.
     """
     folder = hub.resolve(name)
-    folders = _stack(folder, None) if hub.is_adapter(folder) else [folder]
+    folders = stack(folder) if hub.is_adapter(folder) else [folder]
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
         if path.suffix in SUFFIXES and path.is_file():

@@ -44,6 +44,8 @@ class TensorFolder:
                 for name in handle.keys():  # noqa: SIM118 - not iterable itself
                     if self._files.get(name) == file:
                         self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+        if not self.shapes:
+            raise ValueError(f"{folder / WEIGHTS} holds no tensors; download it again.")
         lost = sorted(self._files.keys() - self.shapes.keys())
         if lost:
             raise ValueError(f"{folder / INDEX} lists tensors its shards do not hold: {', '.join(lost)}.")

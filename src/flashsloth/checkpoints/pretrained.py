@@ -26,6 +26,7 @@ from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from . import hub
+from .files import read_json
 from .folder import TensorFolder
 from .untrusted import CONFIG, check_folder, code_hint, entries
 
@@ -41,11 +42,20 @@ _ELEMENTS_PER_BYTE = 2
 _SPARE_ELEMENTS = 2**28
 _ENTRIES_PER_STORED = 10
 _SPARE_ENTRIES = 1000
+_GENERATION_TOKENS = (
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "eos_token_id",
+    "force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "pad_token_id", "suppress_tokens",
+)  # fmt: skip
+_GENERATION_NUMBERS = (
+    "epsilon_cutoff", "eta_cutoff", "guidance_scale", "length_penalty", "max_length", "max_new_tokens", "max_time",
+    "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
+    "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
+)  # fmt: skip
 
 
 @contextmanager
 def reading(name: str | os.PathLike[str], file: str = "") -> Iterator[None]:
-    """What a library raises about the folder `name` (or a hub id), or a file in it, becomes a ValueError that names it.
+    """What a library raises about a folder (or a hub id), or a file in it, becomes a ValueError that names it.
 
     What a folder cannot be blamed for stays: a library or memory that is missing, a disk that fails.
     """
@@ -68,7 +78,8 @@ def reading(name: str | os.PathLike[str], file: str = "") -> Iterator[None]:
 def no_larger_than(stored: TensorFolder) -> Iterator[None]:
     """Stop the making of modules, in this thread, once they are larger than the files whose weights they wait for.
 
-    A configuration can ask for any size; on the meta device it costs nothing until weights that the files lack are made.
+    A configuration can ask for any size, which costs nothing on the meta device until weights that the files lack are
+    made.
     """
     thread = threading.get_ident()
     most_elements = _ELEMENTS_PER_BYTE * stored.num_bytes + _SPARE_ELEMENTS
@@ -120,6 +131,28 @@ def load_config(folder: str | os.PathLike[str]) -> FlashSlothConfig:
         return FlashSlothConfig.from_pretrained(folder, trust_remote_code=False)
 
 
+def _check_generation(file: Path, config: FlashSlothConfig) -> None:
+    """Refuse what would fail in the middle of an answer: tokens that the vocabulary has not, numbers that are none."""
+    for key, value in (read_json(file) if file.exists() else {}).items():
+        if key in _GENERATION_TOKENS and not all(
+            type(token) is int and 0 <= token < config.text_config.vocab_size for token in _leaves(value)
+        ):
+            raise ValueError(f"{file}: {key} is {value!r}, which are no tokens of the model's vocabulary")
+        if key in _GENERATION_NUMBERS and not isinstance(value, int | float | None):
+            raise ValueError(f"{file}: {key} is {value!r}, which is no number")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested lists hold; nothing of None."""
+    pending = [] if value is None else [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += value
+        else:
+            yield value
+
+
 def load_any_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
     """The configuration of any model that transformers knows: a folder, or a hub id.
 
@@ -140,7 +173,23 @@ def load_processor(folder: str | os.PathLike[str]) -> FlashSlothProcessor:
     """
     check_folder(Path(folder))
     with reading(folder):
-        return FlashSlothProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = FlashSlothProcessor.from_pretrained(folder, trust_remote_code=False)
+    # what is only looked at when a prompt is made
+    of_types = {
+        str: (processor, ("question_marker", "user_header", "assistant_header")),
+        int: (processor, ("num_image_tokens", "num_query_tokens")),
+        int | float: (processor.tokenizer, ("model_max_length",)),
+        int | float | None: (processor.image_processor, ("max_pixels", "rescale_factor")),
+    }
+    for kind, (holder, names) in of_types.items():
+        _check_types(folder, {name: getattr(holder, name, None) for name in names}, kind)
+    return processor
+
+
+def _check_types(folder: str | os.PathLike[str], values: dict[str, Any], kind: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{folder} cannot be loaded: {name} of its processor is {value!r}")
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -191,6 +240,7 @@ def load_plain(
         ValueError: a broken configuration or file; a tensor that is missing, unexpected or of another shape.
     """
     config = load_config(folder)
+    _check_generation(Path(folder) / "generation_config.json", config)
     model, report = load_weights(
         FlashSlothForConditionalGeneration,
         folder,

@@ -1,4 +1,4 @@
-"""What of a folder that others made is read: JSON and safetensors inside it. Never pickles, code, or files elsewhere."""
+"""What is read of a folder that others made: JSON and safetensors in it. Never pickles, code, or files elsewhere."""
 
 from __future__ import annotations
 

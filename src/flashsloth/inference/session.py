@@ -66,6 +66,11 @@ def load(
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     model = load_model(folder, wanted).to(target).eval()
     processor = load_processor(folder)
+    if processor.num_image_tokens != model.config.num_image_tokens:
+        raise ValueError(
+            f"{folder}: its processor makes {processor.num_image_tokens} visual tokens of an image, its model "
+            f"{model.config.num_image_tokens}; correct num_image_tokens in processor_config.json"
+        )
     if quantization is not None:
         quantize_(model, quantization)
     if kernels == "packed":
