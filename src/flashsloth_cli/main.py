@@ -2,13 +2,13 @@
 
 Sub-commands stand in a table of strings and are imported when they run, so that `flashsloth --help` needs neither
 torch nor transformers. Errors meant for the user (ValueError, OSError, ImportError) are printed as one line; the exit
-code is 2.
+code is 2. An interrupted command says so in one line, with code 130; `KeyboardInterrupt("how to go on")`, raised where
+there is something to go on with, adds that to the line.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 import traceback
@@ -18,11 +18,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from flashsloth_cli import messages
+
 DEBUG_VARIABLE = "FLASHSLOTH_DEBUG"
 HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # see flashsloth.kernels.packed_layers, which would import torch
 USER_ERROR = 2
-# what they warn of while they are imported, kernels for other machines and deprecations, is nothing a user could mend
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+INTERRUPTED = 130  # 128 + SIGINT
 
 # name -> ("module:function or Typer app", one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -64,8 +65,20 @@ class LazyCommand(TyperCommand):
         return loaded
 
 
+class _Interrupted(Exception):
+    """Takes a KeyboardInterrupt past typer, which would end without a word."""
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands come from `COMMANDS`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(*error.args) from error
+        except EOFError as error:  # typer would say "Aborted"
+            raise OSError(str(error) or "the input ended too early") from error
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -112,9 +125,7 @@ def _root(
     """
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
-    if not os.environ.get(DEBUG_VARIABLE):
-        for name in NOISY_LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
+    messages.set_up(debug=bool(os.environ.get(DEBUG_VARIABLE)))
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -129,15 +140,19 @@ def main(args: Sequence[str] | None = None) -> int:
         app(None if args is None else list(args), prog_name="flashsloth")
     except SystemExit as exit_request:
         return exit_request.code if isinstance(exit_request.code, int) else 0
+    except (KeyboardInterrupt, _Interrupted) as error:
+        hint = str(error)
+        messages.say(f"interrupted; {hint}" if hint else "interrupted")
+        return INTERRUPTED
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError, ImportError))
         if os.environ.get(DEBUG_VARIABLE) or not (expected or _out_of_memory(error)):
             traceback.print_exception(error)
             return USER_ERROR if expected else 1
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = str(error) or type(error).__name__
         if _out_of_memory(error):
             message = f"out of memory; --dtype bfloat16 or --device cpu may help ({message})"
-        sys.stderr.write(f"error: {message}\n")
+        messages.say(f"error: {message}")
         return USER_ERROR
     return 0
 
@@ -145,4 +160,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def entry_point() -> None:
     """The console script."""
     os.environ.setdefault(HUGE_PAGES_VARIABLE, "1")
+    if not os.environ.get(DEBUG_VARIABLE):
+        messages.quieten_libraries()
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -78,6 +80,32 @@ def compile_now(session: FlashSloth, images: list[str], max_new_tokens: int | No
     with console.status("compiling, once ..."):
         seconds = session.warm_up(images, max_new_tokens)
     console.print(f"compiled, once, in {seconds:.1f} s", style="dim")
+
+
+def check_question(question: str) -> None:
+    """Refuse a question that is empty or no text.
+
+    Raises:
+        ValueError: says which.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty")
+    for position, char in enumerate(question):
+        if "\ud800" <= char <= "\udfff" or char == "\0":
+            raise ValueError(
+                f"the question is no valid text: character {position + 1} is U+{ord(char):04X}; is the terminal set "
+                "to another encoding than the text?"
+            )
+
+
+def write_json(value: Any) -> None:
+    """One line of JSON on standard output, in ASCII where the output's encoding cannot hold all of it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    sys.stdout.write(text + "\n")
 
 
 def milliseconds(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Annotated
@@ -43,8 +42,7 @@ def ask(
     """
     if stream and as_json:
         raise ValueError("--stream and --json exclude each other: JSON is printed when the answer is complete")
-    if not question.strip():
-        raise ValueError("the question is empty")
+    options.check_question(question)
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file; add a "QUESTION"')
     session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
@@ -53,7 +51,7 @@ def ask(
     write = sys.stdout.write
     answer = session.ask(images, question, max_new_tokens=max_new_tokens, on_text=_write_now if stream else None)
     if as_json:
-        write(json.dumps(answer.to_dict(), ensure_ascii=False) + "\n")
+        options.write_json(answer.to_dict())
         return
     write("\n" if stream else answer.text + "\n")
     options.print_cost(answer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flashsloth_cli import options
+from flashsloth_cli import messages, options
 
 if TYPE_CHECKING:
     from flashsloth.inference import Conversation
@@ -59,11 +59,12 @@ def chat(
 
 def _answer(console: Console, conversation: Conversation, question: str, max_new_tokens: int | None) -> None:
     try:
+        options.check_question(question)
         answer = conversation.ask(
             question, max_new_tokens=max_new_tokens, on_text=lambda text: console.print(text, end="")
         )
     except ValueError as error:  # too long: the conversation before it is still there
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False)
+        messages.say(f"error: {error}")
         return
     console.print()
     options.print_cost(answer)

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flashsloth_cli import messages
+
 
 def convert(
     source: Annotated[
@@ -43,7 +45,8 @@ def convert(
     from flashsloth.checkpoints.convert_official import convert_checkpoint
 
     console = Console(stderr=True)
-    with Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+    columns = BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("tensors", total=None)
         convert_checkpoint(
             hub.locate(source),
@@ -54,4 +57,4 @@ def convert(
             max_shard_size=max_shard_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console.print(f"wrote {destination}", highlight=False)
+    messages.say(f"wrote {destination}")

@@ -6,11 +6,11 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flashsloth_cli import options
+from flashsloth_cli.tables import table_console
 
 
 def demo(
@@ -22,7 +22,7 @@ def demo(
     """Answer three questions about sample images and show where the time goes."""
     from flashsloth.checkpoints.hub import ASSETS
 
-    console = Console(highlight=False)
+    console = table_console()
     session = options.load_session(model, device, dtype)
     folder = ASSETS / "samples"
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
@@ -43,7 +43,9 @@ def demo(
     table.add_row("total", *(options.milliseconds(answer.timings.total) for answer in answers))
     table.add_row("new tokens", *(str(answer.new_tokens) for answer in answers))
     console.print(
-        f"\n{session.name} on {session.device}, {session.model.dtype}, sample images in {folder}\n", soft_wrap=True
+        f"\n{session.name} on {session.device}, {session.model.dtype}, sample images in {folder}\n",
+        markup=False,
+        soft_wrap=True,
     )
     console.print(table)
     console.print(

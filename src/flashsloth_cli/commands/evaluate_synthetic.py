@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from flashsloth_cli.tables import table_console
+
 
 def evaluate_synthetic(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.", show_default=False)],
@@ -41,18 +43,22 @@ def evaluate_synthetic(
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
+    from rich.text import Text
+    from transformers.utils import logging
 
     from flashsloth.checkpoints import hub
     from flashsloth.evaluate.synthetic import ALL, evaluate, replaced_compressor, write_report, zeroed_embedded_query
     from flashsloth.train.build import load
 
+    logging.disable_progress_bar()
     loaded, processor = load(hub.resolve(model))
     with ExitStack() as stack:
         if zero_embedded_query:
             stack.enter_context(zeroed_embedded_query(loaded))
         if compressor is not None:
             stack.enter_context(replaced_compressor(loaded, compressor))
-        progress = stack.enter_context(Progress(transient=True, console=Console(stderr=True)))
+        console = Console(stderr=True)
+        progress = stack.enter_context(Progress(transient=True, console=console, disable=not console.is_terminal))
         task = progress.add_task("images", total=count)
         report = evaluate(
             loaded,
@@ -67,7 +73,7 @@ def evaluate_synthetic(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     report.settings |= {"model": model, "zero_embedded_query": zero_embedded_query, "compressor": compressor}
-    table = Table("task", "questions", "exact match", "majority answer", title=f"{model}, {split} split")
+    table = Table("task", "questions", "exact match", "majority answer", title=Text(f"{model}, {split} split"))
     for name, score in sorted(report.tasks.items()):
         table.add_row(name, str(score.total), f"{score.accuracy:.1%}", f"{report.majority[name].accuracy:.1%}")
     table.add_section()
@@ -77,6 +83,6 @@ def evaluate_synthetic(
         table.add_row("held-out combinations", str(report.held_out.total), f"{report.held_out.accuracy:.1%}", "")
     overall = report.overall
     table.add_row(ALL, str(overall.total), f"{overall.accuracy:.1%}", f"{report.majority[ALL].accuracy:.1%}")
-    Console().print(table)
+    table_console().print(table)
     if json_file is not None:
         write_report(report, json_file)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from flashsloth_cli import options
+from flashsloth_cli.tables import table_console
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -35,8 +36,8 @@ def info(
       flashsloth info Tongbo/FlashSloth_HD-3.2B --image-size 1280x720
     """
     from flashsloth.checkpoints import hub
+    from flashsloth.checkpoints.pretrained import load_config, reading
     from flashsloth.checkpoints.summary import summarize
-    from flashsloth.model.configuration_flashsloth import FlashSlothConfig
 
     size = None if image_size is None else _parse_size(image_size)
     folder = hub.resolve(model)
@@ -44,18 +45,19 @@ def info(
         from flashsloth.checkpoints.adapters import base_folder
 
         folder = base_folder(folder)
-    summary = summarize(FlashSlothConfig.from_pretrained(folder), size)
+    with reading(folder, hub.CONFIG):
+        summary = summarize(load_config(folder), size)
     if as_json:
-        sys.stdout.write(json.dumps(summary.to_dict(), ensure_ascii=False) + "\n")
+        options.write_json(summary.to_dict())
         return
-    console = Console(highlight=False)
-    table = Table("part", "what", "parameters", box=None, pad_edge=False, title=model, title_justify="left")
+    console = table_console()
+    table = Table("part", "what", "parameters", box=None, pad_edge=False, title=Text(model), title_justify="left")
     table.columns[-1].justify = "right"
     for part in summary.parts:
-        table.add_row(part.name, part.description, f"{part.parameters:,}")
+        table.add_row(part.name, Text(part.description), f"{part.parameters:,}")
     table.add_row("total", "", f"{summary.parameters:,}", style="bold")
     console.print(table)
-    console.print(f"\n{summary.views}")
+    console.print(f"\n{summary.views}", markup=False, soft_wrap=True)
     console.print(f"visual tokens an image: {summary.visual_tokens} (uncompressed: {summary.uncompressed_tokens})")
     weights = ", ".join(f"{count / 1e6:,.1f} MB {name}" for name, count in summary.weight_bytes.items())
     console.print(f"weights in memory: {weights}")

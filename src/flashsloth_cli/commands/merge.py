@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from flashsloth_cli import messages
 
 
 def merge(
@@ -39,4 +40,4 @@ def merge(
 
     logging.disable_progress_bar()
     merge_adapter(adapter, destination, base=base, overwrite=overwrite)
-    Console(stderr=True).print(f"wrote {destination}", highlight=False)
+    messages.say(f"wrote {destination}")

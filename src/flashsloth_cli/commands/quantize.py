@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from flashsloth_cli import messages
 
 
 def quantize(
@@ -44,4 +45,4 @@ def quantize(
 
     logging.disable_progress_bar()
     quantize_folder(model, destination, scheme, encoder, dtype=dtype, overwrite=overwrite)
-    Console(stderr=True).print(f"wrote {destination}", highlight=False)
+    messages.say(f"wrote {destination}")

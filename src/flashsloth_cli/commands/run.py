@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Annotated
@@ -66,14 +65,12 @@ def run(
       flashsloth run photos/ -o captions.jsonl -q "what is it?" --ray 8
     """
     from rich.console import Console
-    from rich.logging import RichHandler
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers.utils import logging as transformers_logging
 
     from flashsloth.offline import RunSettings, read_records, run_records
 
     console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     transformers_logging.disable_progress_bar()
     records = read_records(data, question)
     settings = RunSettings(

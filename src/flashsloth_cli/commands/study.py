@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from flashsloth_cli import messages
+
 
 def study(
     file: Annotated[Path, typer.Argument(help="YAML study.", show_default=False)],
@@ -42,7 +44,6 @@ def study(
     import logging
 
     from rich.console import Console
-    from rich.logging import RichHandler
     from rich.table import Table
 
     from flashsloth.study.config import load_study
@@ -51,10 +52,7 @@ def study(
     if dry_run and (report or publish is not None):
         raise ValueError("--dry-run contradicts --report and --publish: it only lists the runs")
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
-    logging.getLogger("flashsloth").setLevel(logging.INFO)
+    messages.show_log()
     settings = load_study(file)
     if output_dir is not None:
         settings.output_dir = output_dir

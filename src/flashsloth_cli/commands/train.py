@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-INTERRUPTED = 130  # as shells count a process that SIGINT has ended
+from flashsloth_cli import messages
 
 
 def train(
@@ -29,25 +29,19 @@ def train(
     import logging
     import shlex
 
-    from rich.logging import RichHandler
-
     from flashsloth.train.recipe import load_recipe
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    logging.getLogger("flashsloth").setLevel(logging.INFO)
+    messages.show_log()
     settings = load_recipe(recipe, overrides)
 
     from flashsloth.train.run import last_checkpoint, run
 
     try:
         folder = run(settings, resume=resume)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         command = shlex.join(["flashsloth", "train", str(recipe), *(overrides or [])])
         checkpoint = last_checkpoint(settings)
         if checkpoint is None:
-            message = f"interrupted before the first checkpoint; begin again with: {command}"
-        else:
-            message = f"interrupted; {checkpoint} is kept. Go on with: {command} --resume"
-        typer.echo(message, err=True)
-        raise typer.Exit(INTERRUPTED) from None
+            raise KeyboardInterrupt(f"no checkpoint was made yet; begin again with: {command}") from error
+        raise KeyboardInterrupt(f"{checkpoint} is kept; go on with: {command} --resume") from error
     logging.getLogger("flashsloth").info("trained model: %s", folder)
