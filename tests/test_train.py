@@ -305,10 +305,10 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch, mom
     shown = " ".join(capsys.readouterr().err.splitlines()[-1:])
     again = f"flashsloth train {DEBUG} 'output_dir={folder}' checkpoints.every_steps=2"
     if moment == "on_step_end":
-        assert shown == f"interrupted before the first checkpoint; begin again with: {again}"
+        assert shown == f"interrupted; no checkpoint was made yet; begin again with: {again}"
         assert not (folder / "recipe.yaml").exists()
     else:
-        assert shown == f"interrupted; {folder / 'pretrain' / 'checkpoint-2'} is kept. Go on with: {again} --resume"
+        assert shown == f"interrupted; {folder / 'pretrain' / 'checkpoint-2'} is kept; go on with: {again} --resume"
         assert (folder / "pretrain" / "checkpoint-2" / "model.safetensors").exists()
         assert main([*command, "--resume"]) == 0
 

@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
 from .folder import restore_replaced
-from .untrusted import CONFIG, check_folder
+from .untrusted import check_folder, read_config
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PACKAGED_MODELS: dict[str, Path] = {"nano": ASSETS / "nano"}
@@ -92,15 +91,6 @@ def _as_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"no model {text!r}: {error}") from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder.
-
-    Raises:
-        ValueError: the file is no JSON object.
-    """
-    return read_json(folder / CONFIG)
 
 
 def _is_official(config: dict[str, Any]) -> bool:

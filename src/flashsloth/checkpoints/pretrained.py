@@ -25,10 +25,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
-from . import hub
 from .files import read_json
 from .folder import TensorFolder
-from .untrusted import CONFIG, check_folder, code_hint, entries
+from .untrusted import CONFIG, check_folder, code_hint, entries, read_config
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -121,7 +120,7 @@ def load_config(folder: str | os.PathLike[str]) -> FlashSlothConfig:
         ValueError: a broken file, or sizes that its weights cannot have.
     """
     folder = Path(folder)
-    values = hub.read_config(folder)
+    values = read_config(folder)
     if values.get("model_type") != FlashSlothConfig.model_type:
         raise ValueError(
             f"{folder} holds a {values.get('model_type')!r} model, not a FlashSloth; see `flashsloth convert`"
@@ -219,7 +218,7 @@ def load_weights(model_class: Any, folder: str | os.PathLike[str], **options: An
         ValueError: a broken file, or a model larger than its files.
     """
     stored = TensorFolder(Path(folder))
-    _check_layers(hub.read_config(Path(folder)), stored)
+    _check_layers(read_config(Path(folder)), stored)
     with reading(folder), no_larger_than(stored):
         return model_class.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options

@@ -29,6 +29,15 @@ _CODE_KEY = "auto_map"
 _FETCHED_CODE_KEYS = ("attn_implementation", "experts_implementation")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    return read_json(folder / CONFIG)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse, before a library reads the folder, settings that would lead it to code or to files elsewhere.
 

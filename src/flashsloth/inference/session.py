@@ -14,6 +14,7 @@ from ..checkpoints import hub
 from ..checkpoints.adapters import base_folder
 from ..checkpoints.loading import DTYPES, load_model, select_device
 from ..checkpoints.pretrained import load_processor
+from ..checkpoints.untrusted import read_config
 from ..kernels.compilation import check_compiler
 from ..kernels.packed_layers import chosen_kernels, prepare_for_cpu_
 from ..kernels.quantization import check_scheme, quantize_
@@ -82,7 +83,7 @@ def _check_quantization(folder: Path, scheme: str) -> None:
     """Refuse before the weights are read what `quantize_` would refuse after it."""
     check_scheme(scheme)
     source = base_folder(folder) if hub.is_adapter(folder) else folder
-    if "quantization_config" in hub.read_config(source):
+    if "quantization_config" in read_config(source):
         raise ValueError(
             f"{source} is quantized already, so {scheme} cannot be applied to it; load it without a scheme, or give "
             "the folder it was made from"

@@ -35,7 +35,7 @@ def info(
       flashsloth info nano
       flashsloth info Tongbo/FlashSloth_HD-3.2B --image-size 1280x720
     """
-    from flashsloth.checkpoints import hub
+    from flashsloth.checkpoints import hub, untrusted
     from flashsloth.checkpoints.pretrained import load_config, reading
     from flashsloth.checkpoints.summary import summarize
 
@@ -45,7 +45,7 @@ def info(
         from flashsloth.checkpoints.adapters import base_folder
 
         folder = base_folder(folder)
-    with reading(folder, hub.CONFIG):
+    with reading(folder, untrusted.CONFIG):
         summary = summarize(load_config(folder), size)
     if as_json:
         options.write_json(summary.to_dict())
