@@ -168,7 +168,7 @@ def test_bad_images(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: 
     message = error_of(capsys, "ask", picture, "what is it?", "-m", folder)
     assert "broken.png" in message
     if kind == "huge":
-        assert "too large" in message
+        assert "larger than the limit" in message
 
 
 @pytest.mark.parametrize(

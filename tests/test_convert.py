@@ -318,7 +318,7 @@ def test_pickle_is_refused(theirs: Path, tmp_path: Path) -> None:
 def test_truncated_weights_are_named(theirs: Path, tmp_path: Path, size: int) -> None:
     file = theirs / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         convert(theirs, tmp_path / "ours")
 
 

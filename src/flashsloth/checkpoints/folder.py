@@ -99,7 +99,7 @@ def open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}); download it again.") from error
 
 
 def size_of(folder: Path) -> int:
