@@ -66,6 +66,18 @@ def test_help_lists_every_command_without_torch() -> None:
     assert all(f" {name} " in result.stdout for name in COMMANDS)
 
 
+def test_no_command_imports_torch_before_it_runs() -> None:
+    """Their help is quick, and what libraries warn of while they are imported stays away."""
+    program = (
+        "import importlib, sys; from flashsloth_cli.main import COMMANDS\n"
+        "for target, _ in COMMANDS.values():\n"
+        "    importlib.import_module(target.split(':')[0])\n"
+        "sys.exit(str({'torch', 'transformers', 'flashsloth'} & set(sys.modules) or ''))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stderr.strip() == "", result.stderr
+
+
 @pytest.mark.parametrize("name", ["ask", "chat", "convert", "info"])
 def test_help_of_a_command_teaches(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, _ = run(capsys, name, "--help")

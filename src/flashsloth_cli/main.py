@@ -73,6 +73,10 @@ class LazyGroup(TyperGroup):
     """A group whose commands come from `COMMANDS`."""
 
     def invoke(self, ctx: Any) -> Any:
+        # before the module of a command is imported, and what that imports
+        if ctx.params.get("debug"):
+            os.environ[DEBUG_VARIABLE] = "1"
+        messages.set_up(debug=bool(os.environ.get(DEBUG_VARIABLE)))
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -123,9 +127,6 @@ def _root(
 
     Try: [bold]flashsloth ask photo.jpg "What is in the picture?"[/bold]
     """
-    if debug:
-        os.environ[DEBUG_VARIABLE] = "1"
-    messages.set_up(debug=bool(os.environ.get(DEBUG_VARIABLE)))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from flashsloth.reports.table import Table
+if TYPE_CHECKING:
+    from flashsloth.reports.table import Table
 
 # wide enough for every column where the output is no terminal
 FILE_WIDTH = 170

@@ -34,7 +34,11 @@ def train(
     messages.show_log()
     settings = load_recipe(recipe, overrides)
 
+    from transformers.utils import logging as transformers_logging
+
     from flashsloth.train.run import last_checkpoint, run
+
+    transformers_logging.disable_progress_bar()  # of each file that is saved
 
     try:
         folder = run(settings, resume=resume)
