@@ -72,7 +72,7 @@ def test_pipeline_from_any_to_any(folder, monkeypatch):
     messages = [
         {"role": "user", "content": [{"type": "image", "image": noise_image()}, {"type": "text", "text": QUESTION}]}
     ]
-    options = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}, "return_full_text": False}
+    options = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 4}, "return_full_text": False}
     expected = pipeline("image-text-to-text", model=str(folder))(text=messages, **options)
     found = pipeline("any-to-any", model=str(folder))(text=messages, **options)
     assert found[0]["generated_text"] == expected[0]["generated_text"]
