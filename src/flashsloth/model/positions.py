@@ -123,7 +123,7 @@ def complete_positions(
     if config.num_query_tokens and config.query_token_id is not None:
         query_positions_BG, _ = find(config.query_token_id, config.num_query_tokens, query_positions_BG)
     if config.image_token_id is None:
-        if images:
+        if images and (input_ids_BT is not None or image_positions_BK is None):  # embeddings may come with places
             raise ValueError("images were given but the configuration has no image_token_id.")
         return image_positions_BK, query_positions_BG
     num_tokens = config.num_image_tokens
