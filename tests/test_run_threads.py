@@ -71,4 +71,7 @@ def test_an_interrupt_does_not_wait_for_long_answers_of_streams(records, tmp_pat
         run_records(records, tmp_path / "out.jsonl", settings)
     assert time.monotonic() - interrupted[0] < 15
     thread.join()
-    assert not [other for other in threading.enumerate() if other.name.startswith("ThreadPoolExecutor")]
+    streams = [other for other in threading.enumerate() if other.name.startswith("ThreadPoolExecutor")]
+    for stream in streams:
+        stream.join(10)
+        assert not stream.is_alive()

@@ -252,11 +252,14 @@ def _side_by_side(
                 done, asked = wait(asked, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         yield from (future.result() for future in as_completed(asked))
-    finally:
+    except BaseException:
+        # the hook stays: an interrupt in the middle of `submit` leaves a thread of which the pool does not know
         stopped.set()
         pool.shutdown(cancel_futures=True)
-        if hook is not None:
-            hook.remove()
+        raise
+    pool.shutdown()
+    if hook is not None:
+        hook.remove()
 
 
 class RayWorker:
