@@ -22,6 +22,7 @@ class Turn:
     question: str
     answer: str
     meaning: str = field(default="", repr=False, compare=False)  # the same for all wordings of a question
+    kept_wording: bool = field(default=False, repr=False, compare=False)  # never asked like this in training
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,17 @@ def choose_turns(rng: random.Random, makers: Sequence[tuple[float, TurnMaker]], 
     return list(chosen.values())
 
 
-def phrase(rng: random.Random, task: str, questions: Sequence[str], answer: str) -> Turn:
-    """A turn with one of several wordings."""
-    return Turn(task, rng.choice(questions), answer, questions[0])
+def phrase(
+    rng: random.Random, task: str, questions: Sequence[str], answer: str, kept_for_test: Sequence[str] = ()
+) -> Turn:
+    """A turn with one of several wordings.
+
+    Args:
+        questions: wordings of the same question.
+        kept_for_test: further ones, which half of the questions take; give them in the test split only.
+    """
+    kept = bool(kept_for_test) and rng.random() < 0.5
+    return Turn(task, rng.choice(kept_for_test if kept else questions), answer, questions[0], kept)
 
 
 def yes_no(truth: bool) -> str:
