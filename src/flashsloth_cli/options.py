@@ -24,6 +24,15 @@ Dtype = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Longest answer, in tokens; default: the model's own.", show_default=False, min=1)
 ]
+VisualTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that an image becomes, one of the numbers that `flashsloth info` lists: fewer are quicker, more show "
+        "more; default: the model's own.",
+        show_default=False,
+        min=1,
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(

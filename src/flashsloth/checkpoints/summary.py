@@ -31,6 +31,7 @@ class Summary:
         parts: in forward order.
         views: how an image becomes views, in words.
         visual_tokens, uncompressed_tokens: per image, all views.
+        visual_token_choices: what a request may choose, with the window of each.
         weight_bytes: by number format; "int8" keeps what is no linear layer at 16 bits.
         cache_bytes_per_token: keys and values at 16 bits.
     """
@@ -39,6 +40,7 @@ class Summary:
     views: str
     visual_tokens: int
     uncompressed_tokens: int
+    visual_token_choices: dict[int, int]
     weight_bytes: dict[str, int]
     cache_bytes_per_token: int
 
@@ -89,6 +91,7 @@ def summarize(config: FlashSlothConfig, image_size: tuple[int, int] | None = Non
         views=_views(config, image_size),
         visual_tokens=config.num_image_tokens,
         uncompressed_tokens=config.num_views * config.num_patches_per_view,
+        visual_token_choices=config.visual_token_choices,
         weight_bytes={
             "float32": 4 * total,
             "bfloat16": BYTES_OF_HALF * total,

@@ -93,6 +93,7 @@ def split_rows(batch: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """The rows of a batch that is padded at its end, without their padding, each with the pixels of its images."""
     arrays = {name: tensor.numpy() for name, tensor in batch.items()}
     pixels = arrays.pop("pixel_values", None)
+    counts = arrays.pop("image_token_counts", None)
     rows, first_image = [], 0
     for row, mask in enumerate(arrays["attention_mask"]):
         length = int(mask.sum())
@@ -105,6 +106,8 @@ def split_rows(batch: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
         images = len(found.get("image_positions", ()))
         if pixels is not None and images:
             found["pixel_values"] = pixels[first_image : first_image + images]
+        if counts is not None:
+            found["image_token_counts"] = counts[first_image : first_image + images]
         first_image += images
         rows.append(found)
     return rows

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,8 +164,11 @@ class Collator:
             return False
         return True
 
-    def _options(self, with_pixels: bool) -> dict[str, Any]:
-        return {"return_labels": True, "return_pixel_values": with_pixels, **self._padding()}
+    def _options(self, samples: Sequence[Sample], with_pixels: bool) -> dict[str, Any]:
+        options = {"return_labels": True, "return_pixel_values": with_pixels, **self._padding()}
+        if choices := self.processor.visual_token_choices:
+            options["visual_tokens"] = [count for sample in samples for count in _drawn_counts(sample, choices)]
+        return options
 
     def _padding(self) -> dict[str, Any]:
         # right padding: under causal attention no token then looks at padding
@@ -211,7 +215,7 @@ class Collator:
             images=[sample.images for sample in samples] if with_pixels else None,
             truncation=True,
             max_length=max_length or self.max_length,
-            **self._options(with_pixels),
+            **self._options(samples, with_pixels),
         )
         return dict(batch)
 
@@ -245,7 +249,7 @@ class Collator:
             tokenize=True,
             return_dict=True,
             max_length=NO_LIMIT,  # too long a conversation is cut by whole turns
-            **self._options(with_pixels),
+            **self._options(samples, with_pixels),
             **self.chat_template_kwargs,
         )
         return dict(batch)
@@ -280,6 +284,13 @@ class Collator:
         pad = self.processor.tokenizer.pad_token_id
         longest = max(self.max_length, batch["input_ids"].shape[1])  # the row of an empty batch may be longer
         return pack(batch, longest, pad, self.pad_to_multiple_of, single_row=self.packing == "single_row")
+
+
+def _drawn_counts(sample: Sample, choices: Sequence[int]) -> list[int]:
+    """Visual tokens of a sample's images, one number for all of them, drawn by what the sample says: every process, and
+    a run that is resumed, draws the same. Turns that are cut off say nothing, since a sample is drawn for again after it."""
+    text = repr((sample.caption, sample.messages[:2])).encode("utf-8", "surrogatepass")
+    return [choices[zlib.crc32(text) % len(choices)]] * len(sample.images)
 
 
 def _has_label(labels_BT: Tensor) -> Tensor:

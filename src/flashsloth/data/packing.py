@@ -48,7 +48,8 @@ def pack(
 
     Args:
         batch: as the processor makes it, with labels: input_ids, attention_mask, labels (B, T); question_ids (B, T),
-            image_positions (B, K), query_positions (B, G), pixel_values (I, V, C, H, W) where there are any.
+            image_positions (B, K), query_positions (B, G), pixel_values (I, V, C, H, W), image_token_counts (I,) where
+            there are any.
         max_length: tokens of a row at most; no sample is longer.
         single_row: one row for the whole batch, however long: what flash attention's kernels for packed samples take.
     """
@@ -88,10 +89,12 @@ def pack(
     result = {name: torch.stack(values) for name, values in packed.items()}
     for name, values in positions.items():
         result[name] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=ABSENT_POSITION)
-    if "pixel_values" in batch:
+    by_image = [name for name in ("pixel_values", "image_token_counts") if name in batch]
+    if by_image:
         counts = (batch["image_positions"] >= 0).sum(-1).tolist()
         order = torch.arange(sum(counts)).split(counts)
-        result["pixel_values"] = batch["pixel_values"][torch.cat([order[index] for row in rows for index in row])]
+        packed_order = torch.cat([order[index] for row in rows for index in row])
+        result.update({name: batch[name][packed_order] for name in by_image})
     return result
 
 

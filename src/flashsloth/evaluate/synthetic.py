@@ -126,11 +126,13 @@ def answer_batch(
     images: Sequence[Any],
     questions: Sequence[str],
     max_new_tokens: int,
+    visual_tokens: int | None = None,
 ) -> list[str]:
     """Greedy answers, each question a conversation of its own; an image that repeats is encoded once.
 
     Args:
         images: the image of each question.
+        visual_tokens: of every image; default the model's.
 
     Raises:
         ValueError: a question that does not fit the model's context.
@@ -138,7 +140,7 @@ def answer_batch(
     records = [
         Record(str(row), (image,), text) for row, (image, text) in enumerate(zip(images, questions, strict=True))
     ]
-    batch = prepare(records, processor, model.config.text_config.max_position_embeddings)
+    batch = prepare(records, processor, model.config.text_config.max_position_embeddings, visual_tokens)
     if batch.errors:
         raise ValueError(batch.errors[0][1])
     return [line["answer"] for line in answer(FlashSloth(model, processor), batch, max_new_tokens)]
@@ -157,6 +159,7 @@ def evaluate(
     batch_size: int = 64,
     max_new_tokens: int = 16,
     majority_images: int = 2000,
+    visual_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Ask `turns` questions about each of `count` images.
@@ -166,6 +169,7 @@ def evaluate(
         families: default all, in equal shares.
         photos: folder of the CIFAR-10 parquet files (or `$VARIABLE`), for the photo family.
         batch_size: questions a batch.
+        visual_tokens: of every image; default the model's.
         majority_images: training images from which the majority answers are counted.
         progress: called with (images done, count).
     """
@@ -175,9 +179,10 @@ def evaluate(
         "turns": turns,
         "photos": Photographs(resolve_folder(photos)),
     }
-    report = Report(
-        {"split": split, "count": count, "seed": seed, "turns": turns, "families": list(families or [ALL])}
-    )
+    if visual_tokens is not None:
+        model.config.window_of(visual_tokens)
+    settings = {"split": split, "count": count, "seed": seed, "turns": turns, "families": list(families or [ALL])}
+    report = Report(settings | {"visual_tokens": visual_tokens or model.config.num_image_tokens})
     majority = majority_answers(SyntheticDataset("train", majority_images, seed, **options))
     dataset = SyntheticDataset(split, count, seed, **options)
     model.eval()
@@ -186,7 +191,7 @@ def evaluate(
         sample = dataset.sample(index)
         pending += [(sample.image, sample.family, sample.held_out, turn) for turn in sample.turns]
         while len(pending) >= batch_size or (pending and index == count - 1):
-            _score(report, model, processor, pending[:batch_size], max_new_tokens, majority)
+            _score(report, model, processor, pending[:batch_size], max_new_tokens, visual_tokens, majority)
             del pending[:batch_size]
         if progress is not None:
             progress(index + 1, count)
@@ -199,10 +204,12 @@ def _score(
     processor: FlashSlothProcessor,
     questions: Sequence[tuple[Any, str, bool, Any]],
     max_new_tokens: int,
+    visual_tokens: int | None,
     majority: dict[str, str],
 ) -> None:
     images = [image for image, _, _, _ in questions]
-    answers = answer_batch(model, processor, images, [turn.question for *_, turn in questions], max_new_tokens)
+    asked = [turn.question for *_, turn in questions]
+    answers = answer_batch(model, processor, images, asked, max_new_tokens, visual_tokens)
     for (_, family, held_out, turn), given in zip(questions, answers, strict=True):
         task = f"{family}/{turn.task}"
         is_correct = exact_match(given, turn.answer)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BatchFeature
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..model.compressors import select_images
 from ..model.image_decoding import shorten
 from ..model.processing_flashsloth import FlashSlothProcessor
 from .runtime import Runtime
@@ -47,6 +47,7 @@ class PreparedBatch:
         inputs: prompts without pixels.
         pixel_values: (I, V, C, H, W), every different picture once.
         image_index: for every image of the batch in reading order, its place in `pixel_values`.
+        token_counts: visual tokens of the same; None for the model's default.
         errors: (record, message) of the records that cannot be asked.
     """
 
@@ -54,6 +55,7 @@ class PreparedBatch:
     inputs: BatchFeature | None = None
     pixel_values: Tensor | None = None
     image_index: list[int] = field(default_factory=list)
+    token_counts: Tensor | None = None
     errors: list[tuple[Record, str]] = field(default_factory=list)
 
 
@@ -72,22 +74,32 @@ class BatchPreparation(Dataset):
     """Item i is the i-th planned batch; made for a DataLoader with `batch_size=None` and worker processes."""
 
     def __init__(
-        self, records: Sequence[Record], batches: Sequence[Sequence[int]], processor: FlashSlothProcessor, limit: int
+        self,
+        records: Sequence[Record],
+        batches: Sequence[Sequence[int]],
+        processor: FlashSlothProcessor,
+        limit: int,
+        visual_tokens: int | None = None,
     ) -> None:
         self.records, self.batches, self.processor, self.limit = records, batches, processor, limit
+        self.visual_tokens = visual_tokens
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> PreparedBatch:
-        return prepare([self.records[row] for row in self.batches[index]], self.processor, self.limit)
+        records = [self.records[row] for row in self.batches[index]]
+        return prepare(records, self.processor, self.limit, self.visual_tokens)
 
 
-def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: int) -> PreparedBatch:
+def prepare(
+    records: Sequence[Record], processor: FlashSlothProcessor, limit: int, visual_tokens: int | None = None
+) -> PreparedBatch:
     """Decode, resize and tokenise; a record that fails is named and left out.
 
     Args:
         limit: longest prompt in tokens.
+        visual_tokens: of every image; None for the model's default.
     """
     batch = PreparedBatch()
     pixels: list[Tensor] = []
@@ -95,7 +107,7 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
     inputs: BatchFeature | None = None
     lengths: list[int] = []
     with contextlib.suppress(ValueError):  # of a prompt that cannot be made; found below, one by one
-        inputs = _prompts(records, processor)
+        inputs = _prompts(records, processor, visual_tokens)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
     for row, record in enumerate(records):
         mark = len(pixels)
@@ -107,7 +119,10 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
                     pixels.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
                     places[key] = len(pixels) - 1
                 row_index.append(places[key])
-            tokens = lengths[row] if inputs is not None else _prompts([record], processor)["input_ids"].shape[1]
+            if inputs is not None:
+                tokens = lengths[row]
+            else:
+                tokens = _prompts([record], processor, visual_tokens)["input_ids"].shape[1]
             if tokens > limit:
                 raise ValueError(f"the prompt has {tokens} tokens, the model's context leaves room for {limit}")
         except (OSError, ValueError) as error:
@@ -118,13 +133,16 @@ def prepare(records: Sequence[Record], processor: FlashSlothProcessor, limit: in
         batch.records.append(record)
         batch.image_index += row_index
     if batch.records:
-        batch.inputs = _prompts(batch.records, processor) if inputs is None or batch.errors else inputs
+        if inputs is None or batch.errors:
+            inputs = _prompts(batch.records, processor, visual_tokens)
+        batch.inputs = inputs
+        batch.token_counts = inputs.pop("image_token_counts", None)
     if pixels:
         batch.pixel_values = torch.cat(pixels)
     return batch
 
 
-def _prompts(records: Sequence[Record], processor: FlashSlothProcessor) -> BatchFeature:
+def _prompts(records: Sequence[Record], processor: FlashSlothProcessor, visual_tokens: int | None) -> BatchFeature:
     conversations = []
     for record in records:
         content: list[dict[str, Any]] = [{"type": "image"} for _ in record.images]
@@ -132,6 +150,7 @@ def _prompts(records: Sequence[Record], processor: FlashSlothProcessor) -> Batch
     return processor.apply_chat_template(
         conversations,
         return_pixel_values=False,
+        visual_tokens=visual_tokens,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -176,11 +195,13 @@ def _answer_rows(session: Runtime, batch: PreparedBatch, rows: slice, max_new_to
     if batch.pixel_values is not None and index:
         used = sorted(set(index))
         features_IPE = session.encode_views(batch.pixel_values[used].to(model.dtype))
-        tokens_IND = model.model.compress(features_IPE)
         order = torch.tensor([used.index(place) for place in index], device=session.device)
-        inputs["image_features"] = BaseModelOutputWithPooling(
-            last_hidden_state=features_IPE[order], pooler_output=tokens_IND[order]
-        )
+        if batch.token_counts is None:
+            features = select_images(model.model.compress_images(features_IPE), order)
+        else:
+            counts = batch.token_counts[first : first + len(index)]
+            features = model.model.compress_images(features_IPE[order], counts)
+        inputs["image_features"] = features
     prompt_tokens = inputs["input_ids"].shape[1]
     compiled = session.compile_options(prompt_tokens + max_new_tokens)
     ids = session.generate(**inputs, **compiled, max_new_tokens=max_new_tokens, do_sample=False)

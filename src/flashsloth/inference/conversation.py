@@ -28,10 +28,10 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..kernels.compilation import enlarge, keep_first, room_for, static_cache
 from ..model.backbones import CACHE_ARGUMENT
+from ..model.compressors import ImageFeatures
 from .runtime import Runtime
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -167,13 +167,20 @@ class Conversation:
     Asked from several threads, it answers one question after the other, in their order.
     """
 
-    def __init__(self, session: Runtime, images: Any, system: str | None = None) -> None:
+    def __init__(
+        self,
+        session: Runtime,
+        images: Any,
+        system: str | None = None,
+        visual_tokens: int | Sequence[int] | None = None,
+    ) -> None:
         self.session = session
         self.images: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         self.system = system
+        self._image_tokens = session.image_tokens(len(self.images), visual_tokens)
         self.messages: list[dict[str, Any]] = []
         self._queue = _Queue()
-        self._features: BaseModelOutputWithPooling | None = None
+        self._features: ImageFeatures | None = None
         self._cache: Cache | None = None
         self._cached_ids: list[int] = []
         self._cache_room = 0  # of a static cache
@@ -204,10 +211,10 @@ class Conversation:
         features_IPE = session.encode_views(pixels_IVCHW)
         session.synchronize()
         encoded = time.perf_counter()
-        tokens_IND = base.compress(features_IPE)
+        counts = None if self._image_tokens is None else torch.tensor(self._image_tokens)
+        self._features = base.compress_images(features_IPE, counts)
         session.synchronize()
         compressed = time.perf_counter()
-        self._features = BaseModelOutputWithPooling(last_hidden_state=features_IPE, pooler_output=tokens_IND)
         self._image_timings = Timings(
             preprocess=prepared - started, encode=encoded - prepared, compress=compressed - encoded
         )
@@ -301,7 +308,7 @@ class Conversation:
         self._image_timings = Timings()
         return Answer(
             text=text,
-            visual_tokens=len(self.images) * config.num_image_tokens,
+            visual_tokens=sum(self._image_tokens or [len(self.images) * config.num_image_tokens]),
             uncompressed_tokens=len(self.images) * config.num_views * config.num_patches_per_view,
             prompt_tokens=prompt_tokens,
             reused_tokens=reused,
@@ -326,7 +333,11 @@ class Conversation:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            processor_kwargs={"return_tensors": "pt", "return_pixel_values": False},
+            processor_kwargs={
+                "return_tensors": "pt",
+                "return_pixel_values": False,
+                "visual_tokens": self._image_tokens,
+            },
         )
         return inputs.to(self.session.device)
 

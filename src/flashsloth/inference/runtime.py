@@ -6,7 +6,7 @@ Shape suffixes: I images, V views, C channels, H W pixels, P un-pooled patches, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,21 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def image_tokens(self, images: int, visual_tokens: int | Sequence[int] | None) -> list[int] | None:
+        """Visual tokens of each image; None where they are the model's default.
+
+        Raises:
+            ValueError: a number that the model cannot make, or a list that does not fit the images.
+        """
+        if visual_tokens is None:
+            return None
+        counts = [visual_tokens] * images if isinstance(visual_tokens, int) else list(visual_tokens)
+        if len(counts) != images:
+            raise ValueError(f"visual_tokens names {len(counts)} images, but there are {images}")
+        for count in counts:
+            self.config.window_of(count)
+        return counts
 
     def encode_views(self, pixel_values: Tensor) -> Tensor:
         """Un-pooled features (I, P, E) of images (I, V, C, H, W), which may still be on the CPU."""

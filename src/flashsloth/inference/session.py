@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class FlashSloth(Runtime):
         *,
         max_new_tokens: int | None = None,
         system: str | None = None,
+        visual_tokens: int | Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
         **generation: Any,
     ) -> Answer:
@@ -110,23 +111,29 @@ class FlashSloth(Runtime):
             question: the user's text.
             max_new_tokens: longest answer; default that of the model, else 128.
             system: system prompt; default that of the model's chat template.
+            visual_tokens: tokens of every image, or one number for each, of `config.visual_token_choices`: fewer are
+                quicker, more show more. Default the model's own.
             on_text: called with each piece of text as it is generated.
             generation: further arguments of `generate`.
 
         Raises:
-            ValueError, OSError: a bad image, an empty question, or a prompt longer than the context.
+            ValueError, OSError: a bad image, an empty question, a number of visual tokens that the model cannot make, or a
+                prompt longer than the context.
         """
-        return Conversation(self, images, system=system).ask(
+        return Conversation(self, images, system=system, visual_tokens=visual_tokens).ask(
             question, max_new_tokens=max_new_tokens, on_text=on_text, **generation
         )
 
     def stream(self, images: Any, question: str, **options: Any) -> AnswerStream:
         """Like `ask`, but returns at once an iterator over pieces of the answer's text."""
-        return self.conversation(images, system=options.pop("system", None)).stream(question, **options)
+        own = {name: options.pop(name, None) for name in ("system", "visual_tokens")}
+        return self.conversation(images, **own).stream(question, **options)
 
-    def conversation(self, images: Any, system: str | None = None) -> Conversation:
+    def conversation(
+        self, images: Any, system: str | None = None, visual_tokens: int | Sequence[int] | None = None
+    ) -> Conversation:
         """Several turns about the same images, which are encoded once; the cache of earlier turns is used again."""
-        return Conversation(self, images, system=system)
+        return Conversation(self, images, system=system, visual_tokens=visual_tokens)
 
     @torch.inference_mode()
     def warm_up(self, images: Any, max_new_tokens: int | None = None) -> float:

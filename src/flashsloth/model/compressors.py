@@ -1,17 +1,59 @@
 """Compressors: from the encoder's patch grid to fewer visual tokens.
 
 Shape suffixes: N images (every view counts as one), H W patches, h w windows, K patches in a window, E encoder width,
-M tokens, F output width.
+M tokens, F output width; I images, P patches of all views of one.
 
-A new compressor is a class with `uses_window`, `out_features` and `forward(features_NHWE) -> tokens_NMF`, and an
-entry in `COMPRESSORS`.
+A new compressor is a class with `uses_window`, `any_window`, `out_features` and `forward(features_NHWE, window=None) ->
+tokens_NMF`, and an entry in `COMPRESSORS`. `any_window` says that its weights fit windows of other sizes than its own.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):
+    """Encoded images, for any number of calls.
+
+    Attributes:
+        last_hidden_state: un-pooled encoder features (I, P, E).
+        pooler_output: visual tokens (I, N, D), each image's first `token_counts` of them where these differ.
+        token_counts: (I,) int64 visual tokens of each image; None where every image has N.
+    """
+
+    token_counts: Tensor | None = None
+
+
+def select_images(features: BaseModelOutputWithPooling, order: Tensor) -> ImageFeatures:
+    """Features of some images, in this order."""
+    counts = getattr(features, "token_counts", None)
+    return ImageFeatures(
+        last_hidden_state=features.last_hidden_state[order],
+        pooler_output=features.pooler_output[order],
+        token_counts=None if counts is None else counts[order.to(counts.device)],
+    )
+
+
+def compress_by_count(compress: Callable[..., Tensor], features_IPE: Tensor, token_counts_I: Tensor) -> Tensor:
+    """Visual tokens (I, N, D) of images that have different numbers of them, zeros at the end of those with fewer.
+
+    Args:
+        compress: (features of some images, their number of tokens) -> their tokens.
+    """
+    counts = token_counts_I.tolist()
+    if len(counts) != len(features_IPE):
+        raise ValueError(f"image_token_counts names {len(counts)} images, but there are {len(features_IPE)}.")
+    groups = {count: [image for image, own in enumerate(counts) if own == count] for count in counts}
+    tokens = [compress(features_IPE[groups[count]], count) for count in groups]
+    padded = [functional.pad(own, (0, 0, 0, max(counts) - own.shape[1])) for own in tokens]
+    order = torch.tensor([image for group in groups.values() for image in group], device=features_IPE.device)
+    return torch.cat(padded)[order.argsort()]
 
 
 def split_windows(features_NHWE: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
@@ -39,6 +81,7 @@ class SpatialAttentionPooling(nn.Module):
     """SAP (paper section 3.2): a learned softmax over the patches of each window weighs their average."""
 
     uses_window: ClassVar[bool] = True
+    any_window: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
         super().__init__()
@@ -55,8 +98,8 @@ class SpatialAttentionPooling(nn.Module):
             scores_NMK = scores_NMK.masked_fill(~keep_MK, torch.finfo(scores_NMK.dtype).min)
         return scores_NMK.softmax(dim=-1, dtype=torch.float32).to(windows_NMKE.dtype)
 
-    def forward(self, features_NHWE: Tensor) -> Tensor:
-        windows_NMKE, keep_MK = split_windows(features_NHWE, self.window)
+    def forward(self, features_NHWE: Tensor, window: int | None = None) -> Tensor:
+        windows_NMKE, keep_MK = split_windows(features_NHWE, window or self.window)
         weights_NMK = self.weights(windows_NMKE, keep_MK)
         return (weights_NMK.unsqueeze(-2) @ windows_NMKE).squeeze(-2)
 
@@ -65,14 +108,15 @@ class AveragePooling(nn.Module):
     """Plain mean over each window."""
 
     uses_window: ClassVar[bool] = True
+    any_window: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
         super().__init__()
         self.window = window
         self.out_features = hidden_size
 
-    def forward(self, features_NHWE: Tensor) -> Tensor:
-        windows_NMKE, keep_MK = split_windows(features_NHWE, self.window)
+    def forward(self, features_NHWE: Tensor, window: int | None = None) -> Tensor:
+        windows_NMKE, keep_MK = split_windows(features_NHWE, window or self.window)
         if keep_MK is None:
             return windows_NMKE.mean(dim=2)
         weights_MK = keep_MK / keep_MK.sum(dim=1, keepdim=True)
@@ -83,13 +127,14 @@ class PixelUnshuffle(nn.Module):
     """Concatenate the channels of each window; padding counts as zeros."""
 
     uses_window: ClassVar[bool] = True
+    any_window: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
         super().__init__()
         self.window = window
         self.out_features = hidden_size * window * window
 
-    def forward(self, features_NHWE: Tensor) -> Tensor:
+    def forward(self, features_NHWE: Tensor, window: int | None = None) -> Tensor:
         return split_windows(features_NHWE, self.window)[0].flatten(2)
 
 
@@ -97,12 +142,13 @@ class NoCompression(nn.Module):
     """Every patch becomes a visual token."""
 
     uses_window: ClassVar[bool] = False
+    any_window: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
         super().__init__()
         self.out_features = hidden_size
 
-    def forward(self, features_NHWE: Tensor) -> Tensor:
+    def forward(self, features_NHWE: Tensor, window: int | None = None) -> Tensor:
         return features_NHWE.flatten(1, 2)
 
 

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -101,6 +102,8 @@ class FlashSlothConfig(PreTrainedConfig):
         vision_final_norm: apply the encoder's final norm to the features; only with the last layer.
         compressor: name in `compressors.COMPRESSORS`.
         compressor_window: side of the pooling window in patches (paper section 3.2: 3).
+        compressor_windows: all windows that the weights were trained with, `compressor_window` among them; each gives
+            another number of visual tokens, which a request may choose. None: that one window alone.
         compressor_dropout: dropout inside the score network of spatial attention pooling.
         compressor_padding: what to do with a patch grid that the window does not divide: `refuse` or `pad`.
         projector_hidden_act: activation between the two linear layers of the projector.
@@ -134,6 +137,7 @@ class FlashSlothConfig(PreTrainedConfig):
     vision_final_norm: bool = False
     compressor: str = "spatial_attention"
     compressor_window: int = 3
+    compressor_windows: list[int] | tuple[int, ...] | None = None
     compressor_dropout: float = 0.1
     compressor_padding: Literal["refuse", "pad"] = "refuse"
     projector_hidden_act: str = "gelu"
@@ -185,12 +189,14 @@ class FlashSlothConfig(PreTrainedConfig):
         rows, columns = self.grid_height, self.grid_width
         if rows < 1 or columns < 1:
             raise ValueError("vision_config.patch_size is larger than its image_size; an image has no whole patch.")
-        window = self.effective_window
-        if self.compressor_padding == "refuse" and (rows % window or columns % window):
-            raise ValueError(
-                f"compressor_window {window} does not divide the {rows} x {columns} patch grid of vision_config; "
-                'choose another window or image size, or set compressor_padding to "pad".'
-            )
+        if self.compressor_windows is not None:
+            self._validate_windows()
+        for window in self.trained_windows:
+            if not self._takes_window(window):
+                raise ValueError(
+                    f"compressor_window {window} does not divide the {rows} x {columns} patch grid of vision_config; "
+                    'choose another window or image size, or set compressor_padding to "pad".'
+                )
         self._validate_amounts()
         if self.num_query_tokens < 0:
             raise ValueError(f"num_query_tokens is {self.num_query_tokens}; it must be 0 (off) or more.")
@@ -204,10 +210,29 @@ class FlashSlothConfig(PreTrainedConfig):
         if self.image_token_id is not None and self.image_token_id == self.query_token_id:
             raise ValueError(f"image_token_id and query_token_id are both {self.image_token_id}; they must differ.")
 
+    def _validate_windows(self) -> None:
+        windows = list(self.compressor_windows or ())
+        if self.compressor_window not in windows or min(windows) < 1 or len(set(windows)) < len(windows):
+            raise ValueError(
+                f"compressor_windows is {windows!r:.80}; give different windows of at least 1, and compressor_window "
+                f"({self.compressor_window}) among them."
+            )
+        if len({self.tokens_of_window(window) for window in windows}) < len(windows):
+            raise ValueError(f"compressor_windows is {windows!r:.80}; two of them make the same number of tokens.")
+        if len(windows) > 1 and not COMPRESSORS[self.compressor].any_window:
+            raise ValueError(
+                f"compressor_windows is {windows!r:.80}, but the weights of {self.compressor} fit one window only."
+            )
+
+    def _takes_window(self, window: int) -> bool:
+        return self.compressor_padding == "pad" or not (self.grid_height % window or self.grid_width % window)
+
     def _validate_amounts(self) -> None:
         window, vision, text = self.effective_window, self.vision_config, self.text_config
-        padded = (-(-self.grid_height // window) * window) * (-(-self.grid_width // window) * window)
-        compressed = vision.hidden_size * (window**2 if self.compressor == "pixel_unshuffle" else 1)
+        largest = max(self.trained_windows)
+        padded = (-(-self.grid_height // largest) * largest) * (-(-self.grid_width // largest) * largest)
+        with torch.device("meta"):
+            compressed = COMPRESSORS[self.compressor](vision.hidden_size, window, 0.0).out_features
         inner = (self.embedded_query_hidden_size or 0) if self.num_query_tokens else 0
         amounts = {
             "pixels of an image's views": (self.num_views * self.image_height * self.image_width, _MOST_PIXELS),
@@ -264,6 +289,13 @@ class FlashSlothConfig(PreTrainedConfig):
         return self.compressor_window if COMPRESSORS[self.compressor].uses_window else 1
 
     @property
+    def trained_windows(self) -> tuple[int, ...]:
+        """Windows that the weights were trained with, the smallest first."""
+        if self.compressor_windows is None or not COMPRESSORS[self.compressor].uses_window:
+            return (self.effective_window,)
+        return tuple(sorted(self.compressor_windows))
+
+    @property
     def num_views(self) -> int:
         """Views of one image: the whole, and the tiles of `view_grid`."""
         return 1 if self.view_grid is None else 1 + self.view_grid[0] * self.view_grid[1]
@@ -273,16 +305,42 @@ class FlashSlothConfig(PreTrainedConfig):
         """Un-pooled encoder tokens of one view."""
         return self.grid_height * self.grid_width
 
+    def tokens_of_window(self, window: int) -> int:
+        """Visual tokens of one image, all views, with this window."""
+        return self.num_views * -(-self.grid_height // window) * -(-self.grid_width // window)
+
+    @property
+    def visual_token_choices(self) -> dict[int, int]:
+        """Window of each number of visual tokens that the weights were trained for, the most tokens first."""
+        return {self.tokens_of_window(window): window for window in self.trained_windows}
+
+    def window_of(self, visual_tokens: int) -> int:
+        """The window that makes so many visual tokens of an image, trained or not.
+
+        Raises:
+            ValueError: no window does, or the compressor has only one.
+        """
+        choices = dict(self.visual_token_choices)
+        if COMPRESSORS[self.compressor].any_window:
+            for window in range(1, max(self.grid_height, self.grid_width) + 1):
+                if self._takes_window(window):
+                    choices.setdefault(self.tokens_of_window(window), window)
+        if visual_tokens not in choices:
+            raise ValueError(
+                f"visual_tokens is {visual_tokens!r:.80}; an image of this model can be "
+                f"{', '.join(map(str, sorted(choices, reverse=True)))} visual tokens."
+            )
+        return choices[visual_tokens]
+
     @property
     def num_tokens_per_view(self) -> int:
         """Visual tokens of one view after compression."""
-        window = self.effective_window
-        return -(-self.grid_height // window) * -(-self.grid_width // window)
+        return self.num_image_tokens // self.num_views
 
     @property
     def num_image_tokens(self) -> int:
-        """Visual tokens of one image, all views."""
-        return self.num_views * self.num_tokens_per_view
+        """Visual tokens of one image, all views, where a request does not choose."""
+        return self.tokens_of_window(self.effective_window)
 
 
 def _check_sizes(name: str, config: PreTrainedConfig) -> None:

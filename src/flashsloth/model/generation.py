@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .backbones import CACHE_ARGUMENT
+from .compressors import ImageFeatures, select_images
 from .positions import is_placeholder, placeholder_positions
 
 # inputs that belong to the prompt: a step that continues from a cache must not see them again
-PROMPT_INPUTS = ("pixel_values", "image_features", "image_positions", "query_positions", "question_ids")
+PROMPT_INPUTS = (
+    "pixel_values", "image_features", "image_token_counts", "image_positions", "query_positions", "question_ids"
+)  # fmt: skip
 
 
 class FlashSlothGenerationMixin(GenerationMixin):
@@ -85,8 +87,9 @@ class FlashSlothGenerationMixin(GenerationMixin):
             return input_ids, model_kwargs
         features = model_kwargs.pop("image_features", None)
         pixel_values = model_kwargs.pop("pixel_values", None)
+        counts = model_kwargs.pop("image_token_counts", None)
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values, return_dict=True)
+            features = self.get_image_features(pixel_values, image_token_counts=counts, return_dict=True)
         token_id = self.config.image_token_id
         if features is not None and token_id is not None:
             positions_BK = model_kwargs.get("image_positions")
@@ -94,15 +97,15 @@ class FlashSlothGenerationMixin(GenerationMixin):
                 embeds_BTD = model_kwargs.get("inputs_embeds")
                 ids_BT = input_ids if embeds_BTD is None else None
                 at_BT = is_placeholder(token_id, ids_BT, embeds_BTD, self.get_input_embeddings())
-                positions_BK = placeholder_positions(at_BT, token_id, self.config.num_image_tokens)
+                lengths = getattr(features, "token_counts", None)
+                run_length = self.config.num_image_tokens if lengths is None else lengths
+                positions_BK = placeholder_positions(at_BT, token_id, run_length)
                 model_kwargs["image_positions"] = positions_BK
             if positions_BK is not None:
                 counts = (positions_BK >= 0).sum(dim=1).tolist()
                 order = torch.arange(sum(counts), device=positions_BK.device).split(counts)
                 order = torch.cat([images.repeat(expand_size) for images in order])
-                features = BaseModelOutputWithPooling(
-                    last_hidden_state=features.last_hidden_state[order], pooler_output=features.pooler_output[order]
-                )
+                features = select_images(features, order)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -118,9 +121,10 @@ class FlashSlothGenerationMixin(GenerationMixin):
             dropped = [name for name in PROMPT_INPUTS if name not in taken]
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in dropped}
             if (features := model_kwargs.get("image_features")) is not None:  # copied, which a graph forbids
-                model_kwargs["image_features"] = BaseModelOutputWithPooling(
+                model_kwargs["image_features"] = ImageFeatures(
                     last_hidden_state=features.last_hidden_state.detach(),
                     pooler_output=features.pooler_output.detach(),
+                    token_counts=getattr(features, "token_counts", None),
                 )
         generator = super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs

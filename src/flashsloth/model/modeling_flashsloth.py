@@ -15,12 +15,8 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .backbones import (
     CACHE_ARGUMENT,
@@ -30,7 +26,7 @@ from .backbones import (
     run_tower,
     scale_logits,
 )
-from .compressors import COMPRESSORS
+from .compressors import COMPRESSORS, ImageFeatures, compress_by_count
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import (
     INPUTS_KEYWORD,
@@ -42,7 +38,9 @@ from .embedded_query import (
     embedded_query_inputs,
 )
 from .generation import FlashSlothGenerationMixin
-from .positions import check_uncut, complete_positions, in_same_sample, is_mask_of_row, place
+from .positions import check_uncut, complete_positions, in_rows, in_same_sample, is_mask_of_row, place
+
+logger = logging.get_logger(__name__)
 
 # cross-entropy leaves these positions out, as everywhere in transformers
 IGNORED_LABEL = -100
@@ -52,7 +50,7 @@ IGNORED_LABEL = -100
 class FlashSlothModelOutput(BaseModelOutputWithPast):
     """Output of `FlashSlothModel`; `image_features` may be passed to a later call in place of the pixels."""
 
-    image_features: BaseModelOutputWithPooling | None = None
+    image_features: ImageFeatures | None = None
 
 
 @dataclass
@@ -66,7 +64,7 @@ class FlashSlothOutput(CausalLMOutputWithPast):
         image_features: encoder features and visual tokens of the images of this call.
     """
 
-    image_features: BaseModelOutputWithPooling | None = None
+    image_features: ImageFeatures | None = None
 
 
 class FlashSlothPreTrainedModel(PreTrainedModel):
@@ -187,42 +185,68 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         features_IPE = output.last_hidden_state.reshape(images, -1, output.last_hidden_state.shape[-1])
         return BaseModelOutput(last_hidden_state=features_IPE, hidden_states=states, attentions=output.attentions)
 
-    def compress(self, features: Tensor) -> Tensor:
+    def compress(self, features: Tensor, visual_tokens: int | None = None) -> Tensor:
         """Compress and project encoder features, every view alone.
 
         Args:
             features: (I, P, E) from `encode_views`.
+            visual_tokens: N; default the configuration's.
 
         Returns:
             visual tokens (I, N, D).
+
+        Raises:
+            ValueError: no window makes so many tokens.
         """
         config = self.config
+        window = config.effective_window if visual_tokens is None else config.window_of(visual_tokens)
+        if window not in config.trained_windows:
+            logger.warning_once(
+                f"{visual_tokens} visual tokens an image: the weights were not trained for them, but for "
+                f"{', '.join(map(str, config.visual_token_choices))}; expect worse answers."
+            )
         views_NHWE = features.reshape(-1, config.grid_height, config.grid_width, features.shape[-1])
-        tokens_IND = self.projector(self.compressor(views_NHWE))
-        return tokens_IND.reshape(features.shape[0], config.num_image_tokens, -1)
+        tokens_NMD = self.projector(self.compressor(views_NHWE, window))
+        return tokens_NMD.reshape(features.shape[0], config.tokens_of_window(window), -1)
+
+    def compress_images(self, features: Tensor, token_counts: Tensor | None = None) -> ImageFeatures:
+        """Visual tokens of images that may have different numbers of them.
+
+        Args:
+            features: (I, P, E) from `encode_views`.
+            token_counts: (I,) int64, visual tokens of each image; None for the configuration's number.
+        """
+        if token_counts is None:
+            return ImageFeatures(last_hidden_state=features, pooler_output=self.compress(features))
+        tokens_IND = compress_by_count(self.compress, features, token_counts)
+        return ImageFeatures(last_hidden_state=features, pooler_output=tokens_IND, token_counts=token_counts)
 
     def get_image_features(
         self,
         pixel_values: Tensor,
+        image_token_counts: Tensor | None = None,
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> ImageFeatures | tuple:
         """Encode images once; the result may be passed to any number of calls as `image_features`.
 
         Args:
             pixel_values: (I, V, C, H, W) float.
+            image_token_counts: (I,) int64, visual tokens of each image; default the configuration's number for all.
             return_dict: False for a tuple, which no call takes.
             output_hidden_states: add the states of the encoder's layers.
             output_attentions: add their attentions.
 
         Returns:
             `last_hidden_state`: un-pooled encoder features (I, P, E); `pooler_output`: visual tokens (I, N, D);
+            `token_counts`: those of each image, where they were given;
             `hidden_states`: (I, P, E) for each layer; `attentions`: of every view, class and register tokens included.
         """
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         encoded = self._encode(pixel_values, **{name: value for name, value in asked.items() if value is not None})
-        features = BaseModelOutputWithPooling(pooler_output=self.compress(encoded.last_hidden_state), **encoded)
+        features = self.compress_images(encoded.last_hidden_state, image_token_counts)
+        features.hidden_states, features.attentions = encoded.hidden_states, encoded.attentions
         return features if _returns_dict(self.config, return_dict) else features.to_tuple()
 
     def forward(
@@ -233,7 +257,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        image_features: BaseModelOutputWithPooling | None = None,
+        image_features: ImageFeatures | None = None,
+        image_token_counts: Tensor | None = None,
         image_positions: Tensor | None = None,
         query_positions: Tensor | None = None,
         question_ids: Tensor | None = None,
@@ -254,6 +279,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             past_key_values: the key-value cache, by its name before transformers 5.24.
             cache: the same, by its name since then.
             image_features: result of `get_image_features`, instead of `pixel_values`.
+            image_token_counts: (I,) int64, visual tokens of each image; default the configuration's number for all.
             image_positions: (B, K) int64, first placeholder of each image of the row, -1 where there is none.
             query_positions: (B, G) int64, first query token of each group, -1 where there is none.
             question_ids: (B, T) int64, g on the tokens of the question of the row's g-th group (from 1), else 0.
@@ -268,7 +294,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if pixel_values is not None and image_features is not None:
             raise ValueError("give pixel_values or image_features, not both.")
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, return_dict=True)
+            image_features = self.get_image_features(pixel_values, image_token_counts, return_dict=True)
         cache = past_key_values if cache is None else cache
         # pages of transformers' continuous batching have no length of their own
         is_paged = cache is not None and not isinstance(cache, Cache)
@@ -276,13 +302,13 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds_BTD.shape[1]
         past_length = 0 if cache is None or is_paged else cache.get_seq_length()
-
+        counts_I = getattr(image_features, "token_counts", None)
         if tokens > 1 and not torch.compiler.is_compiling():
             given = query_positions
             images = 0 if image_features is None else image_features.pooler_output.shape[0]
             image_positions, query_positions = complete_positions(
-                self.config, self.get_input_embeddings(), images, image_positions, query_positions, past_length,
-                input_ids, inputs_embeds,
+                self.config, self.get_input_embeddings(), images, counts_I, image_positions, query_positions,
+                past_length, input_ids, inputs_embeds,
             )  # fmt: skip
             question_ids = align_questions(question_ids, tokens, given, query_positions)
             if is_paged and query_positions is not None:
@@ -291,7 +317,8 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if image_features is not None and image_positions is not None:
             image_index_BK = (image_positions >= 0).flatten().cumsum(0).sub(1).clamp(min=0).view_as(image_positions)
             tokens_BKND = image_features.pooler_output[image_index_BK]
-            embeds_BTD = place(embeds_BTD, tokens_BKND, image_positions, past_length)
+            counts_BK = None if counts_I is None else in_rows(counts_I, image_positions)
+            embeds_BTD = place(embeds_BTD, tokens_BKND, image_positions, past_length, counts_BK)
         if query_positions is not None and self.query_tokens is not None:
             queries_BGQD = self.query_tokens().expand(*query_positions.shape, -1, -1)
             embeds_BTD = place(embeds_BTD, queries_BGQD, query_positions, past_length)
@@ -373,7 +400,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
 
-    def get_image_features(self, pixel_values: Tensor, **options) -> BaseModelOutputWithPooling | tuple:
+    def get_image_features(self, pixel_values: Tensor, **options) -> ImageFeatures | tuple:
         """See `FlashSlothModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **options)
 
@@ -386,7 +413,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        image_features: BaseModelOutputWithPooling | None = None,
+        image_features: ImageFeatures | None = None,
+        image_token_counts: Tensor | None = None,
         image_positions: Tensor | None = None,
         query_positions: Tensor | None = None,
         question_ids: Tensor | None = None,
@@ -420,6 +448,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, FlashSlothGe
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             image_features=image_features,
+            image_token_counts=image_token_counts,
             image_positions=image_positions,
             query_positions=query_positions,
             question_ids=question_ids,

@@ -24,13 +24,13 @@ def is_placeholder(
         return (inputs_embeds_BTD == embedding_D.to(inputs_embeds_BTD)).all(dim=-1)
 
 
-def placeholder_positions(is_placeholder_BT: Tensor, token_id: int, run_length: int) -> Tensor | None:
+def placeholder_positions(is_placeholder_BT: Tensor, token_id: int, run_length: int | Tensor) -> Tensor | None:
     """First index of each run of `run_length` placeholder tokens.
 
     Args:
         is_placeholder_BT: bool, where the placeholder stands.
         token_id: id of the placeholder, for messages.
-        run_length: tokens that make one image, or one query group.
+        run_length: tokens that make one image, or one query group; (R,) where they differ, in reading order.
 
     Returns:
         positions_BK int64, in reading order, -1 where a row has fewer; None when there is no placeholder at all.
@@ -38,6 +38,8 @@ def placeholder_positions(is_placeholder_BT: Tensor, token_id: int, run_length: 
     Raises:
         ValueError: a row whose placeholders do not form whole runs.
     """
+    if isinstance(run_length, Tensor):
+        return _positions_of_runs(is_placeholder_BT, token_id, run_length)
     counts_B = is_placeholder_BT.sum(dim=1)
     order_BT = is_placeholder_BT.cumsum(dim=1) - 1
     is_first_BT = is_placeholder_BT & (order_BT % run_length == 0)
@@ -60,6 +62,46 @@ def placeholder_positions(is_placeholder_BT: Tensor, token_id: int, run_length: 
     rows, columns = is_first_BT.nonzero(as_tuple=True)
     positions_BK[rows, order_BT[rows, columns] // run_length] = columns
     return positions_BK
+
+
+def _positions_of_runs(is_placeholder_BT: Tensor, token_id: int, lengths_R: Tensor) -> Tensor | None:
+    rows, columns = is_placeholder_BT.nonzero(as_tuple=True)
+    lengths_R = lengths_R.to(rows.device)
+    last_R = lengths_R.cumsum(0) - 1
+    total = int(lengths_R.sum())
+    is_whole = total == len(rows)
+    if is_whole and total:
+        first_R = last_R - lengths_R + 1
+        together_R = columns[last_R] - columns[first_R] == lengths_R - 1
+        is_whole = bool(((rows[first_R] == rows[last_R]) & together_R).all())
+    if not is_whole:
+        raise ValueError(
+            f"the prompt has {len(rows)} placeholder tokens with id {token_id}, but its images are "
+            f"{lengths_R.tolist()!s:.80} tokens that stand together; prepare text and images in one call of the "
+            "processor saved beside the model, and do not truncate its output."
+        )
+    if not total:
+        return None
+    starts, images_B = rows[first_R], torch.bincount(rows[first_R], minlength=is_placeholder_BT.shape[0])
+    positions_BK = torch.full((len(images_B), int(images_B.max())), -1, dtype=torch.long, device=rows.device)
+    order_R = torch.arange(len(starts), device=rows.device) - (images_B.cumsum(0) - images_B)[starts]
+    positions_BK[starts, order_R] = columns[first_R]
+    return positions_BK
+
+
+def in_rows(values_I: Tensor, positions_BK: Tensor) -> Tensor:
+    """Values of the images of the batch as (B, K); those of absent images mean nothing."""
+    index_BK = (positions_BK >= 0).flatten().cumsum(0).sub(1).clamp(min=0).view_as(positions_BK)
+    return values_I[index_BK.to(values_I.device)].to(positions_BK.device)
+
+
+def _lengths_of_call(counts_I: Tensor, given_BK: Tensor | None, at_BT: Tensor) -> Tensor:
+    """Tokens of each image that stands in this call: the last ones of each row, as many as its placeholders make."""
+    if given_BK is None:
+        return counts_I
+    counts_BK = torch.where(given_BK >= 0, in_rows(counts_I, given_BK), 0)
+    to_the_end_BK = counts_BK.flip(1).cumsum(1).flip(1)
+    return counts_BK[(given_BK >= 0) & (to_the_end_BK <= at_BT.sum(1, keepdim=True).to(given_BK.device))]
 
 
 def locate(found_BK: Tensor | None, given_BK: Tensor | None, past_length: int | Tensor) -> Tensor | None:
@@ -92,6 +134,7 @@ def complete_positions(
     config: FlashSlothConfig,
     embeddings: nn.Module,
     images: int,
+    token_counts_I: Tensor | None,
     image_positions_BK: Tensor | None,
     query_positions_BG: Tensor | None,
     past_length: int | Tensor,
@@ -106,6 +149,7 @@ def complete_positions(
 
     Args:
         images: how many come with the prompt.
+        token_counts_I: visual tokens of each; None where all have the configuration's number.
 
     Returns:
         positions of images and of query groups in the whole row.
@@ -115,8 +159,10 @@ def complete_positions(
     """
     is_whole = input_ids_BT is not None and isinstance(past_length, int) and past_length == 0
 
-    def find(token_id: int, run_length: int, given_BK: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def find(token_id: int, run_length: int | Tensor, given_BK: Tensor | None) -> tuple[Tensor | None, Tensor]:
         at_BT = is_placeholder(token_id, input_ids_BT, inputs_embeds_BTD, embeddings)
+        if isinstance(run_length, Tensor):
+            run_length = _lengths_of_call(run_length, None if is_whole else given_BK, at_BT)
         found_BK = placeholder_positions(at_BT, token_id, run_length)
         return (found_BK if is_whole else locate(found_BK, given_BK, past_length)), at_BT.sum()
 
@@ -126,17 +172,24 @@ def complete_positions(
         if images and (input_ids_BT is not None or image_positions_BK is None):  # embeddings may come with places
             raise ValueError("images were given but the configuration has no image_token_id.")
         return image_positions_BK, query_positions_BG
-    num_tokens = config.num_image_tokens
+    num_tokens = config.num_image_tokens if token_counts_I is None else token_counts_I
     image_positions_BK, found = find(config.image_token_id, num_tokens, image_positions_BK)
     if image_positions_BK is None:
         if images:
             raise ValueError(f"{images} images were given but the prompt has no image placeholder.")
     elif input_ids_BT is not None or found:
         placed = (image_positions_BK >= 0).sum()
-        expected = (image_positions_BK >= past_length).sum() * num_tokens
-        if placed != images or found != expected:
+        is_here_BK = image_positions_BK >= past_length
+        if placed != images:
+            expected = None
+        elif isinstance(num_tokens, Tensor):
+            expected = in_rows(num_tokens, image_positions_BK)[is_here_BK].sum()
+        else:
+            expected = is_here_BK.sum() * num_tokens
+        if expected is None or found != expected:
+            make = num_tokens.tolist() if isinstance(num_tokens, Tensor) else num_tokens
             raise ValueError(
-                f"the prompt has {int(found)} image placeholder tokens ({num_tokens} make one image) and names "
+                f"the prompt has {int(found)} image placeholder tokens ({make!s:.80} make one image) and names "
                 f"{int(placed)} image positions, but {images} images were given; prepare text and images in one "
                 "call of the processor saved beside the model, and do not truncate its output."
             )
@@ -162,12 +215,25 @@ def check_uncut(positions_BK: Tensor, run_length: int, position_ids_BT: Tensor) 
         )
 
 
-def place(embeds_BTD: Tensor, values_BKLD: Tensor, positions_BK: Tensor, past_length: int | Tensor) -> Tensor:
-    """Write runs of L embeddings at the positions that lie in this part of the sequence, as a new tensor."""
+def place(
+    embeds_BTD: Tensor,
+    values_BKLD: Tensor,
+    positions_BK: Tensor,
+    past_length: int | Tensor,
+    lengths_BK: Tensor | None = None,
+) -> Tensor:
+    """Write runs of L embeddings at the positions that lie in this part of the sequence, as a new tensor.
+
+    Args:
+        lengths_BK: embeddings of each run that are written, where they are not all.
+    """
     rows, tokens, width = embeds_BTD.shape
     length = values_BKLD.shape[2]
     first_BK1 = torch.where(positions_BK >= past_length, positions_BK - past_length, tokens).unsqueeze(-1)
     index_BKL = first_BK1 + torch.arange(length, device=positions_BK.device)
+    if lengths_BK is not None:
+        in_run_L = torch.arange(length, device=positions_BK.device)
+        index_BKL = torch.where(in_run_L < lengths_BK.unsqueeze(-1), index_BKL, tokens)
     index_BL1 = index_BKL.clamp(max=tokens).reshape(rows, -1, 1).to(embeds_BTD.device)
     # one spare position at the end takes what is absent or past
     spare_BTD = torch.cat([embeds_BTD, embeds_BTD.new_zeros(rows, 1, width)], dim=1)

@@ -49,6 +49,7 @@ class FlashSlothTextKwargs(TextKwargs, total=False):
 
     return_labels: bool | None
     return_pixel_values: bool | None
+    visual_tokens: int | list[int] | None
 
 
 # Options that every tokenizer has and that say nothing here.
@@ -72,6 +73,7 @@ class FlashSlothProcessor(ProcessorMixin):
         tokenizer: any fast tokenizer that has the two placeholder tokens.
         chat_template: Jinja template, or a dict of them by name; default the published checkpoints' conversation.
         num_image_tokens: visual tokens of one image, all its views together (`config.num_image_tokens`).
+        visual_token_choices: all numbers of them that the model was trained for (`config.visual_token_choices`).
         num_query_tokens: query tokens of a group, 0 for a model without (`config.num_query_tokens`).
         image_token: placeholder of a visual token in text.
         query_token: placeholder of a learned query token.
@@ -94,6 +96,7 @@ class FlashSlothProcessor(ProcessorMixin):
         question_marker: str = "<question>",
         user_header: str = "USER:",
         assistant_header: str = "ASSISTANT:",
+        visual_token_choices: list[int] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
         if not getattr(tokenizer, "is_fast", False):
@@ -107,6 +110,7 @@ class FlashSlothProcessor(ProcessorMixin):
             )
         self.num_image_tokens = num_image_tokens
         self.num_query_tokens = num_query_tokens
+        self.visual_token_choices = visual_token_choices
         self.image_token = image_token
         self.query_token = query_token
         self.question_marker = question_marker
@@ -145,6 +149,7 @@ class FlashSlothProcessor(ProcessorMixin):
             tokenizer,
             num_image_tokens=config.num_image_tokens,
             num_query_tokens=config.num_query_tokens,
+            visual_token_choices=list(config.visual_token_choices) if len(config.trained_windows) > 1 else None,
             **arguments,
         )
         for name in ("image_token_id", "query_token_id"):
@@ -179,11 +184,14 @@ class FlashSlothProcessor(ProcessorMixin):
                 add_special_tokens, return_attention_mask, return_tensors), of the image processor, and
                 `return_mm_token_type_ids`: add 1 for tokens of images, 0 for others;
                 `return_labels`: add labels of the answers;
-                `return_pixel_values`: `False` leaves images out, for features encoded before.
+                `return_pixel_values`: `False` leaves images out, for features encoded before;
+                `visual_tokens`: tokens of every image, or a list with one number for each in reading order, of those
+                that the model can make (`config.window_of`).
 
         Returns:
             `input_ids`, `attention_mask` (B, T); `pixel_values` (I, V, 3, H, W) float32 and `image_positions` (B, K)
-            when there are images; `query_positions` (B, G) and `question_ids` (B, T) when there are query groups;
+            when there are images, `image_token_counts` (I,) with `visual_tokens`; `query_positions` (B, G) and
+            `question_ids` (B, T) when there are query groups;
             `labels` and `mm_token_type_ids` (B, T) when asked for.
 
         Raises:
@@ -304,12 +312,15 @@ class FlashSlothProcessor(ProcessorMixin):
         return_tensors: str | TensorType | None = "pt",
     ) -> BatchFeature:
         """Makes a batch of samples that were encoded one by one (each without padding, batch axis or not)."""
-        known = {*TOKEN_FILLS, *POSITION_NAMES, "pixel_values"}
+        known = {*TOKEN_FILLS, *POSITION_NAMES, "image_token_counts", "pixel_values"}
         if unknown := sorted({name for row in features for name in row if name not in known}):
             raise ValueError(f"cannot pad {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         rows = [without_batch_axis(row) for row in features]
         optional = {name for row in rows for name in row}
         for row in rows:
+            if "image_token_counts" in optional:
+                images = len(row.get("image_positions", ()))
+                row.setdefault("image_token_counts", np.full(images, self.num_image_tokens, dtype=np.int64))
             if "question_ids" in optional:
                 row.setdefault("question_ids", np.zeros(len(row["input_ids"]), dtype=np.int64))
             if missing := sorted((optional & TOKEN_FILLS.keys()) - row.keys()):
@@ -417,6 +428,7 @@ class FlashSlothProcessor(ProcessorMixin):
             for row, pieces in enumerate(rows):
                 with naming_row(row, len(rows)):
                     mark_questions(pieces, self.user_header)
+        image_tokens = self._image_tokens(rows, options.get("visual_tokens"))
         tokenize_pieces(rows, self.tokenizer, self._cached("opens_texts", self._opens_texts))
         expansion = self._expansion(rows, options.get("add_special_tokens") is not False)
         limit, limit_name = options.get("max_length"), "max_length"
@@ -426,7 +438,7 @@ class FlashSlothProcessor(ProcessorMixin):
         features = []
         for row, pieces in enumerate(rows):
             with naming_row(row, len(rows)):
-                encoded_row = encode_pieces(pieces, expansion)
+                encoded_row = encode_pieces(pieces, expansion, None if image_tokens is None else image_tokens[row])
                 if limit < NO_LIMIT:
                     side = self.tokenizer.truncation_side
                     encoded_row = fit_to_length(encoded_row, limit, truncation, side, expansion, limit_name)
@@ -434,12 +446,29 @@ class FlashSlothProcessor(ProcessorMixin):
                 encoded_row["assistant_masks"] = (encoded_row["labels"] != IGNORED_LABEL).astype(np.int64)
             if options.get("return_mm_token_type_ids"):
                 encoded_row["mm_token_type_ids"] = (encoded_row["input_ids"] == self.image_token_id).astype(np.int64)
+            if image_tokens is None:
+                del encoded_row["image_token_counts"]
             if not options.get("return_labels"):
                 del encoded_row["labels"]
             if not (self._wants_mask if (wanted := options.get("return_attention_mask")) is None else wanted):
                 del encoded_row["attention_mask"]
             features.append(encoded_row)
         return features
+
+    @staticmethod
+    def _image_tokens(rows: list[list[Piece]], visual_tokens: Any) -> list[list[int]] | None:
+        """Visual tokens of the images of each row; None where they are the processor's."""
+        if visual_tokens is None:
+            return None
+        images = [sum(piece.kind is Kind.IMAGE for piece in pieces) for pieces in rows]
+        values = np.asarray(visual_tokens)
+        counts = [visual_tokens] * sum(images) if values.ndim == 0 else values.tolist()
+        if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
+            raise ValueError(f"visual_tokens is {visual_tokens!r:.80}; give a whole number of at least 1, or a list")
+        if len(counts) != sum(images):
+            raise ValueError(f"visual_tokens names {len(counts)} images, but the prompts have {sum(images)}")
+        remaining = iter(counts)
+        return [[next(remaining) for _ in range(number)] for number in images]
 
     def _expansion(self, rows: list[list[Piece]], add_special_tokens: bool) -> Expansion:
         special = {piece.text for pieces in rows for piece in pieces if piece.kind is Kind.TOKEN}

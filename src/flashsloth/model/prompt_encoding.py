@@ -36,7 +36,8 @@ Features = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Expansion:
-    """What placeholders become. `token_ids` are the ids of special tokens by text."""
+    """What placeholders become. `token_ids` are the ids of special tokens by text; `num_image_tokens` is the number where
+    an image has none of its own."""
 
     image_token_id: int
     num_image_tokens: int
@@ -52,6 +53,7 @@ class _Row:
     answers: list[tuple[int, int]] = field(default_factory=list)
     questions: list[tuple[int, int, int]] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
+    image_tokens: list[int] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
 
 
@@ -104,14 +106,18 @@ def _tokenize(texts: list[str], tokenizer: Any) -> list[Any]:
     return encoded.encodings
 
 
-def encode_pieces(pieces: Sequence[Piece], expansion: Expansion) -> Features:
+def encode_pieces(
+    pieces: Sequence[Piece], expansion: Expansion, image_tokens: Sequence[int] | None = None
+) -> Features:
     """One row, unpadded.
 
     Args:
         pieces: the prompt; texts tokenised, answers and questions marked.
+        image_tokens: visual tokens of each image of the row.
 
     Returns:
-        input_ids, attention_mask, question_ids, labels (T,), image_positions (K,), query_positions (G,); int64.
+        input_ids, attention_mask, question_ids, labels (T,), image_positions, image_token_counts (K,), query_positions
+        (G,); int64.
 
     Raises:
         ValueError: an empty question.
@@ -141,8 +147,10 @@ def encode_pieces(pieces: Sequence[Piece], expansion: Expansion) -> Features:
                 answering = kind is Kind.ANSWER_START or (answering and kind is not Kind.ANSWER_END)
                 at, text_at = stop, offset
         elif piece.kind is Kind.IMAGE:
+            tokens = expansion.num_image_tokens if image_tokens is None else image_tokens[len(row.images)]
             row.images.append(start)
-            row.ids += [expansion.image_token_id] * expansion.num_image_tokens
+            row.image_tokens.append(tokens)
+            row.ids += [expansion.image_token_id] * tokens
         elif piece.kind is Kind.QUERY:
             if expansion.num_query_tokens:
                 row.queries.append(start)
@@ -193,6 +201,7 @@ def _to_features(row: _Row) -> Features:
         "question_ids": question_ids,
         "labels": labels,
         "image_positions": np.array(row.images, dtype=np.int64),
+        "image_token_counts": np.array(row.image_tokens, dtype=np.int64),
         "query_positions": np.array(row.queries, dtype=np.int64),
     }
 
@@ -209,27 +218,30 @@ def fit_to_length(
     if length <= limit:
         return features
     question = int((features["question_ids"] > 0).sum())
+    counts = features["image_token_counts"]
     sizes = (
-        f"{length} tokens ({len(features['image_positions'])} images of {expansion.num_image_tokens}, "
+        f"{length} tokens ({len(counts)} images of {', '.join(map(str, np.unique(counts)[::-1])) or 'none'}, "
         f"{question} of questions, {len(features['query_positions'])} query groups of {expansion.num_query_tokens})"
     )
     if not truncation:
         raise ValueError(f"the prompt has {sizes}, more than {limit_name} {limit}; shorten it or raise max_length")
     kept = slice(0, limit) if side == "right" else slice(length - limit, length)
     needed = features["question_ids"] > 0
-    for name, run in (
-        ("image_positions", expansion.num_image_tokens),
-        ("query_positions", expansion.num_query_tokens),
+    for name, runs in (
+        ("image_positions", counts),
+        ("query_positions", [expansion.num_query_tokens] * len(features["query_positions"])),
     ):
-        for position in features[name]:
+        for position, run in zip(features[name], runs, strict=True):
             needed[position : position + run] = True
     if needed.sum() != needed[kept].sum():
         raise ValueError(
             f"the prompt has {sizes}; truncating it to {limit_name} {limit} would cut into an image, a question or "
             "its query tokens; shorten the text or raise max_length"
         )
-    cut = {name: value[kept] if name in TOKEN_FILLS else value - kept.start for name, value in features.items()}
-    return cut
+    return {
+        name: value[kept] if name in TOKEN_FILLS else value - kept.start if name in POSITION_NAMES else value
+        for name, value in features.items()
+    }
 
 
 def pad_features(
@@ -246,7 +258,8 @@ def pad_features(
         length: target number of tokens, `None` for the longest row's.
 
     Returns:
-        (B, T) arrays; positions (B, K) and (B, G), shifted by the padding. What no row has is left out.
+        (B, T) arrays; positions (B, K) and (B, G), shifted by the padding; image_token_counts (I,). What no row has is
+        left out.
     """
     lengths = np.array([len(row["input_ids"]) for row in features])
     target = max(int(lengths.max()), length or 0)
@@ -275,6 +288,9 @@ def pad_features(
         batch[name] = positions_BK
     if "query_positions" not in batch:
         batch.pop("question_ids", None)
+    counts = [row["image_token_counts"] for row in features if "image_token_counts" in row]
+    if any(map(len, counts)):
+        batch["image_token_counts"] = np.concatenate(counts)
     return batch
 
 
@@ -311,7 +327,7 @@ def without_batch_axis(row: Mapping[str, Any]) -> dict[str, Any]:
     """A sample as arrays, (T,) instead of (1, T)."""
     arrays = {name: np.asarray(value) for name, value in row.items() if value is not None}
     for name, value in arrays.items():
-        if name == "pixel_values" or value.ndim == 1:
+        if name == "pixel_values" or value.ndim == 1:  # counts of images have no batch axis either
             continue
         if value.ndim != 2 or value.shape[0] != 1:
             raise ValueError(f"pad takes single samples; {name} of one has shape {value.shape}")

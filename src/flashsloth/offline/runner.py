@@ -43,6 +43,7 @@ class RunSettings:
         streams: batches answered side by side, each by its share of torch's threads; None is 2 on a CPU with several
             threads where nothing is compiled, else 1.
         max_new_tokens: longest answer; default that of the model.
+        visual_tokens: of every image; default the model's own.
         retry_errors: ask again what failed in an earlier run.
         retry_changed: ask again records whose question or image is another one than when they were answered.
         quantization, compile, share_equal_views: as in `flashsloth.inference.load`.
@@ -59,6 +60,7 @@ class RunSettings:
     workers: int | None = None
     streams: int | None = None
     max_new_tokens: int | None = None
+    visual_tokens: int | None = None
     retry_errors: bool = False
     retry_changed: bool = False
     ray_workers: int = 0
@@ -124,6 +126,7 @@ def run_records(
         "dtype": _number_format(settings),
         "max_new_tokens": settings.max_new_tokens,
         "quantization": settings.quantization,
+        "visual_tokens": settings.visual_tokens,
     }
     with AnswerFile(output, decisive) as answers:
         _forget_what_is_asked_again(answers, records, settings)
@@ -185,6 +188,7 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     """An empty list when the model is loaded, then the lines of each batch."""
     session = settings.load()
     longest_prompt, new_tokens = _limits(session, settings)
+    session.image_tokens(1, settings.visual_tokens)
     batches = plan_batches(records, settings.batch_size)
     on_cpu, threads = session.device.type == "cpu", torch.get_num_threads()
     streams, workers = settings.streams, settings.workers
@@ -193,7 +197,7 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     if workers is None:
         workers = 0 if on_cpu and streams >= threads else 1
     loader = DataLoader(
-        BatchPreparation(records, batches, session.processor, longest_prompt),
+        BatchPreparation(records, batches, session.processor, longest_prompt, settings.visual_tokens),
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="spawn" if workers and session.device.type == "cuda" else None,
@@ -267,10 +271,11 @@ class RayWorker:
 
     def __init__(self, settings: RunSettings) -> None:
         self.session = settings.load()
+        self.visual_tokens = settings.visual_tokens
         self.longest_prompt, self.new_tokens = _limits(self.session, settings)
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
-        batch = prepare(list(columns["record"]), self.session.processor, self.longest_prompt)
+        batch = prepare(list(columns["record"]), self.session.processor, self.longest_prompt, self.visual_tokens)
         # as text: Arrow would give all rows of a block the same fields
         return {"line": [json.dumps(row) for row in answer(self.session, batch, self.new_tokens)]}
 

@@ -64,7 +64,9 @@ def _blank_image(owner: FlashSlothModel, inputs: dict[str, Any]) -> dict[str, An
     ids_BT, config = inputs["input_ids"], owner.config
     # embeddings go in place of ids, with which the model insists that every image has a placeholder; so check first
     embeddings = owner.get_input_embeddings()
-    _, query_positions_BG = complete_positions(config, embeddings, 0, None, inputs.get("query_positions"), 0, ids_BT)
+    _, query_positions_BG = complete_positions(
+        config, embeddings, 0, None, None, inputs.get("query_positions"), 0, ids_BT
+    )
     shape = (1, config.num_views, config.vision_config.num_channels, config.image_height, config.image_width)
     return {
         "image_features": owner.get_image_features(torch.zeros(shape, device=ids_BT.device)),

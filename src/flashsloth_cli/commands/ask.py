@@ -24,6 +24,7 @@ def ask(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
+    visual_tokens: options.VisualTokens = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
@@ -38,6 +39,7 @@ def ask(
       flashsloth ask chart.png "Which bar is the highest?" --stream
       flashsloth ask before.jpg after.jpg "What changed?" --model Tongbo/FlashSloth-3.2B
       flashsloth ask photo.jpg "What is it?" --dtype bfloat16 --quantize int8-dynamic-cpu
+      flashsloth ask receipt.png "What is the total?" --visual-tokens 36
       flashsloth ask https://example.com/sign.jpg "What does the sign say?" --json
     """
     if stream and as_json:
@@ -49,7 +51,13 @@ def ask(
     if compiled:
         options.compile_now(session, images, max_new_tokens)
     write = sys.stdout.write
-    answer = session.ask(images, question, max_new_tokens=max_new_tokens, on_text=_write_now if stream else None)
+    answer = session.ask(
+        images,
+        question,
+        max_new_tokens=max_new_tokens,
+        visual_tokens=visual_tokens,
+        on_text=_write_now if stream else None,
+    )
     if as_json:
         options.write_json(answer.to_dict())
         return

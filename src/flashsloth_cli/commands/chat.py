@@ -21,6 +21,7 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
+    visual_tokens: options.VisualTokens = None,
     quantize: options.Quantize = None,
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
@@ -40,7 +41,7 @@ def chat(
     session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
     if compiled:
         options.compile_now(session, images, max_new_tokens)
-    conversation = session.conversation(images)
+    conversation = session.conversation(images, visual_tokens=visual_tokens)
     conversation.encode()
     console.print("/reset forgets the turns, /quit leaves", style="dim")
     while True:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flashsloth_cli import options
 from flashsloth_cli.tables import table_console
 
 
@@ -28,6 +29,7 @@ def evaluate_synthetic(
     compressor: Annotated[
         str | None, typer.Option(help="Ablation: this compressor instead, without retraining.", show_default=False)
     ] = None,
+    visual_tokens: options.VisualTokens = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the report here.", show_default=False)
     ] = None,
@@ -70,6 +72,7 @@ def evaluate_synthetic(
             turns=turns,
             photos=photos,
             batch_size=batch_size,
+            visual_tokens=visual_tokens,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     report.settings |= {"model": model, "zero_embedded_query": zero_embedded_query, "compressor": compressor}

@@ -59,6 +59,8 @@ def info(
     console.print(table)
     console.print(f"\n{summary.views}", markup=False, soft_wrap=True)
     console.print(f"visual tokens an image: {summary.visual_tokens} (uncompressed: {summary.uncompressed_tokens})")
+    if len(summary.visual_token_choices) > 1:
+        console.print(f"a request may choose: {', '.join(map(str, summary.visual_token_choices))} visual tokens")
     weights = ", ".join(f"{count / 1e6:,.1f} MB {name}" for name, count in summary.weight_bytes.items())
     console.print(f"weights in memory: {weights}")
     console.print(f"cache at bfloat16: {summary.cache_bytes_per_token / 1024:,.1f} KiB a token")
