@@ -27,8 +27,8 @@ MaxNewTokens = Annotated[
 VisualTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that an image becomes, one of the numbers that `flashsloth info` lists: fewer are quicker, more show "
-        "more; default: the model's own.",
+        help="Tokens that an image becomes, one of the numbers that `flashsloth info` lists: fewer are quicker, more "
+        "show more; default: the model's own.",
         show_default=False,
         min=1,
     ),

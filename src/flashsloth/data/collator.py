@@ -287,8 +287,10 @@ class Collator:
 
 
 def _drawn_counts(sample: Sample, choices: Sequence[int]) -> list[int]:
-    """Visual tokens of a sample's images, one number for all of them, drawn by what the sample says: every process, and
-    a run that is resumed, draws the same. Turns that are cut off say nothing, since a sample is drawn for again after it."""
+    """Visual tokens of a sample's images, one number for all of them, drawn by what the sample says.
+
+    Every process, and a run that is resumed, then draws the same; so does a conversation whose last turns were cut off.
+    """
     text = repr((sample.caption, sample.messages[:2])).encode("utf-8", "surrogatepass")
     return [choices[zlib.crc32(text) % len(choices)]] * len(sample.images)
 

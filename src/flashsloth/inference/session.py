@@ -117,8 +117,8 @@ class FlashSloth(Runtime):
             generation: further arguments of `generate`.
 
         Raises:
-            ValueError, OSError: a bad image, an empty question, a number of visual tokens that the model cannot make, or a
-                prompt longer than the context.
+            ValueError, OSError: a bad image, an empty question, a number of visual tokens that the model cannot make,
+                or a prompt longer than the context.
         """
         return Conversation(self, images, system=system, visual_tokens=visual_tokens).ask(
             question, max_new_tokens=max_new_tokens, on_text=on_text, **generation

@@ -3,8 +3,8 @@
 Shape suffixes: N images (every view counts as one), H W patches, h w windows, K patches in a window, E encoder width,
 M tokens, F output width; I images, P patches of all views of one.
 
-A new compressor is a class with `uses_window`, `any_window`, `out_features` and `forward(features_NHWE, window=None) ->
-tokens_NMF`, and an entry in `COMPRESSORS`. `any_window` says that its weights fit windows of other sizes than its own.
+A new compressor is a class with `uses_window`, `any_window` (whether its weights fit windows of other sizes than its
+own), `out_features` and `forward(features_NHWE, window=None) -> tokens_NMF`, and an entry in `COMPRESSORS`.
 """
 
 from collections.abc import Callable

@@ -36,8 +36,10 @@ Features = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Expansion:
-    """What placeholders become. `token_ids` are the ids of special tokens by text; `num_image_tokens` is the number where
-    an image has none of its own."""
+    """What placeholders become.
+
+    `token_ids` are the ids of special tokens by text; `num_image_tokens` counts where an image has no number of its own.
+    """
 
     image_token_id: int
     num_image_tokens: int
