@@ -119,7 +119,14 @@ class Collator:
                     del samples[place]
             else:
                 if self.with_glyphs:
-                    batch["glyphs"] = glyph_tensor([sample.metadata["glyphs"] for sample in samples.values()])
+                    place = self.processor.image_processor.place_in_view
+                    batch["glyphs"] = glyph_tensor(
+                        [
+                            [(character, *place(sample.images[0].size, x, y)) for character, x, y in glyphs]
+                            for sample in samples.values()
+                            for glyphs in [sample.metadata["glyphs"]]
+                        ]
+                    )
                 return batch
         return None
 
@@ -289,7 +296,7 @@ class Collator:
 def _drawn_counts(sample: Sample, choices: Sequence[int]) -> list[int]:
     """Visual tokens of a sample's images, one number for all of them, drawn by what the sample says.
 
-    Every process, and a run that is resumed, then draws the same; so does a conversation whose last turns were cut off.
+    Every process, and a run that is resumed, then draws the same; so does a conversation without its last turns.
     """
     text = repr((sample.caption, sample.messages[:2])).encode("utf-8", "surrogatepass")
     return [choices[zlib.crc32(text) % len(choices)]] * len(sample.images)

@@ -31,6 +31,9 @@ class SyntheticData:
     """Share of each family."""
     photos: str | None = None
     """Folder (or environment variable, written `$NAME`) of the CIFAR-10 parquet files, for the photo family."""
+    drawn: str | None = None
+    """Folder (or environment variable, written `$NAME`) of `flashsloth data draw`; the families that it holds are read
+    from there, the others rendered as they are needed."""
     question_shares: dict[str, Fraction] = Field(default_factory=dict)
     """Of the questions of a task, the share that is asked: less of what is learned leaves room for the rest."""
 

@@ -38,6 +38,7 @@ class SyntheticSamples(Dataset):
             turns=turns,
             photos=Photographs(resolve_folder(source.photos)),
             question_shares=source.question_shares,
+            drawn=resolve_folder(source.drawn),
         )
 
     def __len__(self) -> int:
@@ -46,8 +47,7 @@ class SyntheticSamples(Dataset):
     def __getitem__(self, index: int) -> Sample:
         item = self.samples[index]
         metadata = {"family": item["family"], "tasks": item["tasks"], "answers": item["answers"]}
-        size = self.samples.image_size
-        metadata["glyphs"] = [(glyph.character, glyph.x / size, glyph.y / size) for glyph in item["glyphs"]]
+        metadata["glyphs"] = [(glyph.character, glyph.x, glyph.y) for glyph in item["glyphs"]]
         origin = Origin(self.name, f"rendered image {index} of {self.name}")
         return Sample(item["images"], item["messages"], item["caption"], metadata, origin)
 

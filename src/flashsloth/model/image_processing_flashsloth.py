@@ -1,4 +1,4 @@
-"""From images to the encoder's pixels: one squashed view, and for FlashSloth-HD a grid of tiles besides it.
+"""From images to the encoder's pixels: one squashed or padded view, and for FlashSloth-HD a grid of tiles besides it.
 
 Shape suffixes: I images of the batch, V views of an image, H W pixels of a view, C channels.
 """
@@ -34,15 +34,17 @@ class FlashSlothImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class FlashSlothImageProcessor(BaseImageProcessor):
-    """Squashes each image to the encoder's size; with a view grid adds the tiles of the image padded to a square.
+    """Resizes each image to the encoder's size; with a view grid adds the tiles of the image padded to a square.
 
     Views are ordered: whole image, then tiles row-major (paper section 3.4, FlashSloth-HD: grid (2, 2), five views).
-    Resizing is Pillow's, on 8-bit pixels. For the tiles, an image with a side beyond 12,288 pixels is first averaged
-    over blocks of pixels.
+    Resizing is Pillow's, on 8-bit pixels. An image that is padded is first averaged over blocks of pixels where a side
+    is beyond 12,288 pixels.
 
     Args:
         size: {"height", "width"} of a view, in pixels.
         view_grid: `None`, or [rows, columns] of the tiles.
+        do_pad: pad the whole image to a square before it is resized, too, so that it keeps its proportions; otherwise
+            it is squashed.
         resample: filter of the resizing.
         do_rescale: multiply pixels by `rescale_factor`.
         rescale_factor: from 8-bit pixels to the range of the mean.
@@ -61,6 +63,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         self,
         size: dict[str, int] | None = None,
         view_grid: Sequence[int] | None = None,
+        do_pad: bool = False,
         resample: int = PILImageResampling.BICUBIC,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
@@ -75,6 +78,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.size = _checked_size(size or {"height": 384, "width": 384})
         self.view_grid = _checked_grid(view_grid)
+        self.do_pad = do_pad
         self.resample = int(resample)
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
@@ -117,6 +121,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         *,
         size: dict[str, int] | None = None,
         view_grid: Sequence[int] | None = None,
+        do_pad: bool | None = None,
         resample: int | None = None,
         do_rescale: bool | None = None,
         rescale_factor: float | None = None,
@@ -154,6 +159,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         grid = self.view_grid if view_grid is None else _checked_grid(view_grid)
         mean = self.image_mean if image_mean is None else _per_channel(image_mean, "image_mean")
         std = self.image_std if image_std is None else _per_channel(image_std, "image_std")
+        do_pad = self.do_pad if do_pad is None else do_pad
         resample = self.resample if resample is None else int(resample)
         background = self.alpha_background if alpha_background is None else alpha_background
         table = _value_table(
@@ -167,6 +173,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
             raise ValueError("no images were given")
         views = 1 if grid is None else 1 + grid[0] * grid[1]
         height, width = size["height"], size["width"]
+        color = tuple(int(255 * value) for value in mean)
         levels_IVHWC = np.empty((len(flat), views, height, width, 3), dtype=np.uint8)
         for index, source in enumerate(flat):
             try:
@@ -179,9 +186,12 @@ class FlashSlothImageProcessor(BaseImageProcessor):
                     alpha_background=background,
                     input_data_format=input_data_format,
                 )
-                levels_IVHWC[index, 0] = np.asarray(_squash(image, (width, height), resample))
+                if do_pad:
+                    levels_IVHWC[index, 0] = _resize_padded(image, (width, height), color, resample)
+                else:
+                    levels_IVHWC[index, 0] = np.asarray(_squash(image, (width, height), resample))
                 if grid is not None:
-                    levels_IVHWC[index, 1:] = self._tiles(image, height, width, grid, mean, resample)
+                    levels_IVHWC[index, 1:] = _tiles(image, height, width, grid, color, resample)
             except (ValueError, FileNotFoundError) as error:
                 if len(flat) == 1:
                     raise
@@ -189,14 +199,27 @@ class FlashSlothImageProcessor(BaseImageProcessor):
                 raise kind(f"image {index + 1} of {len(flat)}: {error}") from error
         return BatchFeature({"pixel_values": _apply_table(levels_IVHWC, table)}, tensor_type=return_tensors)
 
-    def _tiles(
-        self, image: Image.Image, height: int, width: int, grid: Sequence[int], mean: Sequence[float], resample: int
-    ) -> np.ndarray:
-        rows, columns = grid
-        color = tuple(int(255 * value) for value in mean)
-        levels_HWC = np.asarray(_resize_padded(image, (columns * width, rows * height), color, resample))
-        tiles = levels_HWC.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
-        return tiles.reshape(rows * columns, height, width, 3)
+    def place_in_view(self, image_size: tuple[int, int], x: float, y: float) -> tuple[float, float]:
+        """Where a place of an image lies in its first view, in parts of the view's width and height.
+
+        Args:
+            image_size: (width, height) of the image in pixels.
+            x, y: pixels from its upper left corner.
+        """
+        width, height = image_size
+        if not self.do_pad:
+            return x / width, y / height
+        side = max(width, height)
+        return (x + (side - width) // 2) / side, (y + (side - height) // 2) / side
+
+
+def _tiles(
+    image: Image.Image, height: int, width: int, grid: Sequence[int], color: tuple[int, ...], resample: int
+) -> np.ndarray:
+    rows, columns = grid
+    levels_HWC = np.asarray(_resize_padded(image, (columns * width, rows * height), color, resample))
+    tiles = levels_HWC.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
+    return tiles.reshape(rows * columns, height, width, 3)
 
 
 # Options every image processor is offered that mean nothing here.

@@ -294,7 +294,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if pixel_values is not None and image_features is not None:
             raise ValueError("give pixel_values or image_features, not both.")
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, image_token_counts, return_dict=True)
+            image_features = self.compress_images(self.encode_views(pixel_values), image_token_counts)
         cache = past_key_values if cache is None else cache
         # pages of transformers' continuous batching have no length of their own
         is_paged = cache is not None and not isinstance(cache, Cache)

@@ -38,7 +38,7 @@ Features = dict[str, np.ndarray]
 class Expansion:
     """What placeholders become.
 
-    `token_ids` are the ids of special tokens by text; `num_image_tokens` counts where an image has no number of its own.
+    `token_ids` are the ids of special tokens by text; `num_image_tokens` is for images without a number of their own.
     """
 
     image_token_id: int

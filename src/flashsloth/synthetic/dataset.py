@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from .charts import CHART_TASKS, render_chart
+from .drawn import drawn_families
 from .photos import PHOTO_TASKS, Photographs, render_photo
 from .sample import REFERENCE_SIZE, Sample, make_generator, split_id
 from .scenes import SCENE_TASKS, render_scene
@@ -83,6 +85,7 @@ class SyntheticDataset:
         photos: the photographs of the `photos` family; default `Photographs()`.
         question_shares: of the questions of a task, the share that is asked, 0 to 1; 1 for tasks that are not named.
             Others take the place of those left out, as far as the image allows.
+        drawn: folder of `drawn.draw`; families that it holds for the split are read from there, the others rendered.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class SyntheticDataset:
         turns: int = 6,
         photos: Photographs | None = None,
         question_shares: Mapping[str, float] | None = None,
+        drawn: Path | None = None,
     ) -> None:
         split_id(split)
         weights = dict.fromkeys(DEFAULT_FAMILIES, 1.0) if weights is None else dict(weights)
@@ -115,6 +119,7 @@ class SyntheticDataset:
         self.weights = weights
         self.image_size, self.turns = image_size, turns
         self.photos = photos or Photographs()
+        self.drawn = drawn_families(drawn, list(weights), split) if drawn is not None else {}
 
     def __len__(self) -> int:
         return self.size
@@ -128,7 +133,10 @@ class SyntheticDataset:
         # even seeds train, odd seeds test
         seed = 2 * rng.getrandbits(62) + split_id(self.split)
         turns = self.turns * (SPARE_TURNS if self.question_shares else 1)
-        sample = render(family, seed, self.split, image_size=self.image_size, turns=turns, photos=self.photos)
+        if family in self.drawn:
+            sample = self.drawn[family].sample(rng, turns)
+        else:
+            sample = render(family, seed, self.split, image_size=self.image_size, turns=turns, photos=self.photos)
         if self.question_shares:
             asked = [turn for turn in sample.turns if rng.random() < self.question_shares.get(turn.task, 1.0)]
             sample.turns = (asked or sample.turns[:1])[: self.turns]

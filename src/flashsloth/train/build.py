@@ -120,6 +120,8 @@ def _processor(
     recipe: ModelRecipe, config: FlashSlothConfig, tokenizer: PreTrainedTokenizerBase
 ) -> FlashSlothProcessor:
     options = _normalization(recipe.vision) if isinstance(recipe.vision, str) else {}
+    if recipe.letterbox:
+        options["do_pad"] = True
     if recipe.chat_template is not None:
         options["chat_template"] = _read_template(recipe.chat_template)
     return FlashSlothProcessor.from_config(config, tokenizer, **options)

@@ -57,6 +57,8 @@ class ModelRecipe:
     """Defaults to the decoder's own folder."""
     chat_template: str | None = None
     """Path of a Jinja chat template, relative to the recipe; the authors' template when absent."""
+    letterbox: bool = False
+    """Pad images to a square, so that they keep their proportions; else they are squashed to the encoder's size."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernels while training; the result is the same. On a CPU `eager` is faster than `sdpa` backward."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -68,7 +70,7 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
-            fields = ("vision", "language", "tokenizer", "chat_template", "config")
+            fields = ("vision", "language", "tokenizer", "chat_template", "letterbox", "config")
             for name in fields:
                 if getattr(self, name):
                     raise ValueError(

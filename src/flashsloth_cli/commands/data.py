@@ -1,4 +1,4 @@
-"""`flashsloth data`: look at training data before training."""
+"""`flashsloth data`: look at training data before training, and draw it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help
 
 @app.callback()
 def _group() -> None:
-    """Look at training data before training."""
+    """Look at training data before training, and draw it."""
 
 
 @app.command()
@@ -149,3 +149,35 @@ def _print_histogram(console: Console, title: str, summary: dict[str, Any]) -> N
     for low, high, count in zip(summary["bins"], summary["bins"][1:], summary["counts"], strict=False):
         bar = "█" * max(round(BAR_WIDTH * count / largest), count > 0)
         console.print(f"      {low:7.0f} to {high:7.0f} {bar:<{BAR_WIDTH}} {count:,}")
+
+
+@app.command()
+def draw(
+    family: Annotated[str, typer.Argument(help="Family of images.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder to draw into.", show_default=False)],
+    count: Annotated[int, typer.Option(help="Images, rounded up to whole files.", min=1)] = 1000,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of the images.", min=0)] = 0,
+    image_size: Annotated[int, typer.Option(help="Longer side in pixels.", min=32)] = 288,
+    turns: Annotated[int, typer.Option(help="Questions an image.", min=1)] = 20,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+) -> None:
+    """Draw images of a family into files that training reads.
+
+    For families whose programs take too long to draw while a model trains. The folder is named as `drawn` in a recipe.
+    Stopped or killed, the same command goes on where it was.
+
+    [bold]Examples[/bold]
+
+      flashsloth data draw figures drawn/ --count 20000 --workers 2
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from flashsloth.synthetic.drawn import draw as draw_family
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(family, total=count)
+        for done in draw_family(family, folder, count, split, seed, workers, image_size=image_size, turns=turns):
+            progress.update(task, advance=done)
