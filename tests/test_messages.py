@@ -184,7 +184,7 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(folder: Path, capsys:
     odd = folder.parent / "[bold]x[" / "red]"
     odd.parent.mkdir()
     assert main(["convert", str(folder), str(odd)]) == 0
-    assert f"wrote {odd}\n" == capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == f"wrote {odd}"
     assert main(["info", str(odd)]) == 0
     assert str(odd) in capsys.readouterr().out
 

@@ -32,7 +32,7 @@ from flashsloth.synthetic import (
 from flashsloth.synthetic.charts import CHART_TASKS
 from flashsloth.synthetic.colours import COLOURS
 from flashsloth.synthetic.photos import CLASS_NAMES, DIRECTORY_VARIABLE
-from flashsloth.synthetic.scenes import HELD_OUT_PAIRS
+from flashsloth.synthetic.scenes import HELD_OUT_PAIRS, SHAPES
 from flashsloth.synthetic.tokenizer import DEFAULT_SIZE, SPECIAL_TOKENS, language_words, train_tokenizer
 from flashsloth.synthetic.words import HELD_OUT, HELD_OUT_WORDS, TRAIN_ITEMS, TRAIN_TITLES, TRAIN_WORDS
 
@@ -109,9 +109,27 @@ def test_photographs_of_a_split_come_from_its_own_file(photos: Photographs) -> N
         assert all(low - 20 < np.median(level) < high + 20 for level in levels)
 
 
+def test_questions_about_what_is_absent_are_answered_none(drawn: dict[tuple[str, str], list[Sample]]) -> None:
+    for (family, _split), samples in drawn.items():
+        for sample in samples:
+            shown = set(sample.caption.replace(",", " ").replace(".", " ").split())
+            for turn in sample.absent:
+                assert turn.answer == "none" and turn.task.endswith("_absent")
+                last = turn.question.rstrip("?").split()[-1]
+                if family == "scenes":
+                    named = shown & set(turn.question.rstrip("?").split())
+                    assert not named & (set(COLOURS) | set(SHAPES)), turn.question
+                elif last not in ("title", "about"):
+                    assert last not in shown, (sample.caption, turn.question)
+    wanted = SyntheticDataset("train", 40, absent_share=1.0, weights={"scenes": 1.0})
+    assert {turn.answer for index in range(3) for turn in wanted.sample(index).turns[:2]} == {"none"}
+    usual = SyntheticDataset("train", 40, weights={"scenes": 1.0})
+    assert all(not turn.task.endswith("absent") for index in range(9) for turn in usual.sample(index).turns)
+
+
 def test_every_family_shows_every_task(drawn: dict[tuple[str, str], list[Sample]]) -> None:
     for (family, split), samples in drawn.items():
-        seen = {turn.task for sample in samples for turn in sample.turns}
+        seen = {turn.task for sample in samples for turn in (*sample.turns, *sample.absent)}
         assert seen == set(TASKS[family]), (family, split)
         assert {sample.family for sample in samples} == {family}
 
@@ -257,7 +275,7 @@ def test_chart_answers_follow_from_the_caption(drawn: dict[tuple[str, str], list
             elif turn.task == "chart_kind":
                 assert head.startswith(turn.answer)
             checked[turn.task] += 1
-    assert set(checked) == set(TASKS["charts"])
+    assert set(checked) == set(TASKS["charts"]) - {"chart_absent"}
 
 
 def test_text_answers_follow_from_the_caption(drawn: dict[tuple[str, str], list[Sample]]) -> None:
@@ -297,7 +315,7 @@ def test_text_answers_follow_from_the_caption(drawn: dict[tuple[str, str], list[
                 else:
                     assert int(cells[turn.answer]) == max(int(cells[words[-3]]), int(cells[words[-1]]))
             checked[turn.task] += 1
-    assert set(checked) == set(TASKS["text"])
+    assert set(checked) == set(TASKS["text"]) - {"text_absent"}
 
 
 def test_photo_answers_follow_from_the_caption(drawn: dict[tuple[str, str], list[Sample]]) -> None:

@@ -34,6 +34,8 @@ class SyntheticData:
     drawn: str | None = None
     """Folder (or environment variable, written `$NAME`) of `flashsloth data draw`; the families that it holds are read
     from there, the others rendered as they are needed."""
+    absent_share: Fraction = 0.0
+    """Of the questions about an image, the share that is about what is not there; the answer is "none"."""
     question_shares: dict[str, Fraction] = Field(default_factory=dict)
     """Of the questions of a task, the share that is asked: less of what is learned leaves room for the rest."""
 

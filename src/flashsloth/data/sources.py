@@ -39,6 +39,7 @@ class SyntheticSamples(Dataset):
             photos=Photographs(resolve_folder(source.photos)),
             question_shares=source.question_shares,
             drawn=resolve_folder(source.drawn),
+            absent_share=source.absent_share,
         )
 
     def __len__(self) -> int:

@@ -160,6 +160,7 @@ def evaluate(
     max_new_tokens: int = 16,
     majority_images: int = 2000,
     visual_tokens: int | None = None,
+    absent_share: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Ask `turns` questions about each of `count` images.
@@ -170,6 +171,7 @@ def evaluate(
         photos: folder of the CIFAR-10 parquet files (or `$VARIABLE`), for the photo family.
         batch_size: questions a batch.
         visual_tokens: of every image; default the model's.
+        absent_share: of the questions, those about what is not there.
         majority_images: training images from which the majority answers are counted.
         progress: called with (images done, count).
     """
@@ -178,11 +180,13 @@ def evaluate(
         "image_size": model.config.image_height,
         "turns": turns,
         "photos": Photographs(resolve_folder(photos)),
+        "absent_share": absent_share,
     }
     if visual_tokens is not None:
         model.config.window_of(visual_tokens)
     settings = {"split": split, "count": count, "seed": seed, "turns": turns, "families": list(families or [ALL])}
-    report = Report(settings | {"visual_tokens": visual_tokens or model.config.num_image_tokens})
+    settings |= {"visual_tokens": visual_tokens or model.config.num_image_tokens, "absent_share": absent_share}
+    report = Report(settings)
     majority = majority_answers(SyntheticDataset("train", majority_images, seed, **options))
     dataset = SyntheticDataset(split, count, seed, **options)
     model.eval()

@@ -10,7 +10,7 @@ from PIL import Image
 from .augment import augment
 from .colours import COLOURS, MIN_DISTANCE, RGB, choose_ink, distance, jitter
 from .fonts import FACE_NAMES, Style, TextDraw, draw_text, fit_height, text_width
-from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, yes_no
+from .sample import REFERENCE_SIZE, Sample, Turn, choose_absent, choose_turns, phrase, yes_no
 from .words import HELD_OUT_TITLES, LABEL_SETS, choose_title
 
 KINDS = {"vertical": "bar chart", "horizontal": "bar chart", "line": "line chart", "pie": "pie chart"}
@@ -254,6 +254,13 @@ class _Questions:
         self.chart = chart
         self.order = sorted(range(len(chart.units)), key=chart.units.__getitem__)
 
+    def absent(self) -> list[tuple[str, ...]]:
+        """Questions, in all their wordings, about a title that is missing and about labels that are not there."""
+        others = [label for labels in LABEL_SETS for label in labels if label not in self.chart.labels]
+        questions = [(f"what is the value of {label}?", f"how much is {label}?") for label in others]
+        titles = [("what is the title?", "what is the chart about?")] * (len(others) // 4)
+        return questions if self.chart.title else [*titles, *questions]
+
     def value(self, rng: random.Random) -> Turn | None:
         if self.chart.kind == "pie" and not self.chart.printed:
             return None
@@ -331,10 +338,11 @@ def render_chart(rng: random.Random, test: bool, image_size: int, turns: int) ->
     ]  # fmt: skip
     chosen = choose_turns(rng, makers, turns)
     held_out = chart.title in HELD_OUT_TITLES
-    return Sample(image, "charts", f"{name}. {', '.join(parts)}.", chosen, held_out, canvas.draw.glyphs)
+    absent = choose_absent(rng, "chart_absent", ask.absent())
+    return Sample(image, "charts", f"{name}. {', '.join(parts)}.", chosen, held_out, canvas.draw.glyphs, absent)
 
 
 CHART_TASKS = (
     "chart_value", "chart_find_value", "chart_maximum", "chart_minimum", "chart_compare", "chart_trend", "chart_title",
-    "chart_count", "chart_kind",
+    "chart_count", "chart_kind", "chart_absent",
 )  # fmt: skip

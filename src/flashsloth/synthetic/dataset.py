@@ -85,6 +85,7 @@ class SyntheticDataset:
         photos: the photographs of the `photos` family; default `Photographs()`.
         question_shares: of the questions of a task, the share that is asked, 0 to 1; 1 for tasks that are not named.
             Others take the place of those left out, as far as the image allows.
+        absent_share: of the questions about an image that has such, the share that is about what is not there.
         drawn: folder of `drawn.draw`; families that it holds for the split are read from there, the others rendered.
     """
 
@@ -99,6 +100,7 @@ class SyntheticDataset:
         photos: Photographs | None = None,
         question_shares: Mapping[str, float] | None = None,
         drawn: Path | None = None,
+        absent_share: float = 0.0,
     ) -> None:
         split_id(split)
         weights = dict.fromkeys(DEFAULT_FAMILIES, 1.0) if weights is None else dict(weights)
@@ -118,6 +120,9 @@ class SyntheticDataset:
         self.split, self.size, self.seed = split, size, seed
         self.weights = weights
         self.image_size, self.turns = image_size, turns
+        if not 0 <= absent_share <= 1:
+            raise ValueError(f"absent_share is {absent_share}; it must be between 0 and 1.")
+        self.absent_share = absent_share
         self.photos = photos or Photographs()
         self.drawn = drawn_families(drawn, list(weights), split) if drawn is not None else {}
 
@@ -140,6 +145,9 @@ class SyntheticDataset:
         if self.question_shares:
             asked = [turn for turn in sample.turns if rng.random() < self.question_shares.get(turn.task, 1.0)]
             sample.turns = (asked or sample.turns[:1])[: self.turns]
+        for place in range(len(sample.turns)) if self.absent_share else ():
+            if sample.absent and rng.random() < self.absent_share:
+                sample.turns[place] = sample.absent.pop()
         return sample
 
     def __getitem__(self, index: int) -> dict[str, Any]:

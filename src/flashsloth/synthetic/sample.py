@@ -39,7 +39,7 @@ class Sample:
     """One image with its dense caption and its questions.
 
     `held_out` tells that the image shows a combination which never occurs in the training split; `glyphs` is every
-    character written on it.
+    character written on it; `absent` are questions about what is not on it, asked where a data set wants them.
     """
 
     image: Image.Image
@@ -48,6 +48,7 @@ class Sample:
     turns: list[Turn] = field(default_factory=list)
     held_out: bool = False
     glyphs: list[Glyph] = field(default_factory=list, repr=False)
+    absent: list[Turn] = field(default_factory=list, repr=False)
 
 
 TurnMaker = Callable[[random.Random], Turn | None]
@@ -99,6 +100,16 @@ def phrase(
     """
     kept = bool(kept_for_test) and rng.random() < 0.5
     return Turn(task, rng.choice(kept_for_test if kept else questions), answer, questions[0], kept)
+
+
+NOTHING = "none"  # the answer to a question about what is not there
+ABSENT_TURNS = 3
+
+
+def choose_absent(rng: random.Random, task: str, questions: Sequence[Sequence[str]]) -> list[Turn]:
+    """Up to three questions about what is not there; each is given in all its wordings."""
+    chosen = rng.sample(list(questions), min(len(questions), ABSENT_TURNS))
+    return [phrase(rng, task, wordings, NOTHING) for wordings in chosen]
 
 
 def yes_no(truth: bool) -> str:

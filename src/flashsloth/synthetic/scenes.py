@@ -9,7 +9,17 @@ from PIL import Image, ImageDraw
 
 from .augment import augment
 from .colours import COLOURS, choose_background, jitter
-from .sample import REFERENCE_SIZE, Sample, Turn, choose_turns, phrase, with_article, yes_no, yes_no_maker
+from .sample import (
+    REFERENCE_SIZE,
+    Sample,
+    Turn,
+    choose_absent,
+    choose_turns,
+    phrase,
+    with_article,
+    yes_no,
+    yes_no_maker,
+)
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 # (colour, shape) pairs that only the test split shows or names
@@ -153,6 +163,16 @@ class _Questions:
         colours = [f"{colour} object" for colour in COLOURS if bool(self.by_colour[colour]) == shown]
         nouns = pairs[:5] + rng.sample(shapes, min(len(shapes), 2)) + rng.sample(colours, min(len(colours), 2))
         return list(dict.fromkeys(nouns))
+
+    def absent(self) -> list[tuple[str, ...]]:
+        """Questions, in all their wordings, about shapes, colours and objects that are not there."""
+        shapes = [shape for shape in SHAPES if not self.by_shape[shape]]
+        colours = [colour for colour in COLOURS if not self.by_colour[colour]]
+        return [
+            *((f"what color is the {shape}?", f"what colour is the {shape}?") for shape in shapes),
+            *((f"where is the {shape}?", f"in which corner is the {shape}?") for shape in shapes),
+            *((f"what shape is the {colour} object?", f"which shape is {colour}?") for colour in colours),
+        ]
 
     def colour(self, rng: random.Random) -> Turn | None:
         if not self.lone_shapes:
@@ -298,10 +318,11 @@ def render_scene(rng: random.Random, test: bool, image_size: int, turns: int) ->
         (1.2, ask.relation),
     ]  # fmt: skip
     held_out = any((thing.colour, thing.shape) in HELD_OUT_PAIRS for thing in things)
-    return Sample(image, "scenes", caption, choose_turns(rng, makers, turns), held_out)
+    chosen = choose_turns(rng, makers, turns)
+    return Sample(image, "scenes", caption, chosen, held_out, absent=choose_absent(rng, "scene_absent", ask.absent()))
 
 
 SCENE_TASKS = (
     "scene_exists", "scene_colour", "scene_shape", "scene_size", "scene_count", "scene_position", "scene_what_at",
-    "scene_compare_count", "scene_compare_size", "scene_relation",
+    "scene_compare_count", "scene_compare_size", "scene_relation", "scene_absent",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from PIL import Image
 from .augment import augment
 from .colours import RGB, choose_ink
 from .fonts import FACE_NAMES, Style, TextDraw, draw_text, fit_height, text_width
-from .sample import REFERENCE_SIZE, Glyph, Sample, Turn, TurnMaker, choose_turns, phrase, yes_no_maker
+from .sample import REFERENCE_SIZE, Glyph, Sample, Turn, TurnMaker, choose_absent, choose_turns, phrase, yes_no_maker
 from .words import (
     HELD_OUT,
     HELD_OUT_ITEMS,
@@ -38,6 +38,7 @@ class Page:
     held_out: bool
     ground: RGB  # colour at the border
     glyphs: list[Glyph]
+    absent: Sequence[Sequence[str]] = ()  # questions about what is not there, in all their wordings
 
 
 def _choose_style(rng: random.Random) -> Style:
@@ -206,7 +207,13 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
     body = ", ".join(f"{name} {price}" for name, price in zip(items, prices, strict=True))
     caption = f"receipt{' titled ' + heading if heading else ''}: {body}."
     makers = [(2.0, price), (1.0, item), (1.0, total), (0.8, cheapest), (0.3, number), (0.5, _find(rng, items, test))]
-    return Page(image, caption, makers, any(name in HELD_OUT for name in items), style.paper, draw.glyphs)
+    absent = [
+        wordings
+        for name in TRAIN_ITEMS
+        if name not in items
+        for wordings in ((f"how much is the {name}?", f"what is the price of the {name}?"),)
+    ]
+    return Page(image, caption, makers, any(name in HELD_OUT for name in items), style.paper, draw.glyphs, absent)
 
 
 def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -262,7 +269,17 @@ def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page
 
     body = ". ".join(f"row {name}: {', '.join(map(str, line))}" for name, line in zip(row_names, cells, strict=True))
     caption = f"table with columns {', '.join(column_names)}. {body}."
-    return Page(image, caption, [(3.0, cell), (0.4, number), (0.8, compare)], False, style.paper, draw.glyphs)
+    absent = [
+        (
+            f"what is the value in row {row}, column {column}?",
+            f"what number is in row {row} and column {column}?",
+        )
+        for row in row_names
+        for column in "abcdefghjkmnprstuvwxyz"
+        if column not in letters
+    ]
+    makers = [(3.0, cell), (0.4, number), (0.8, compare)]
+    return Page(image, caption, makers, False, style.paper, draw.glyphs, absent)
 
 
 LAYOUTS = {"sign": _draw_sign, "lines": _draw_lines, "receipt": _draw_receipt, "table": _draw_table}
@@ -274,7 +291,9 @@ def render_text(rng: random.Random, test: bool, image_size: int, turns: int) -> 
     style = _choose_style(rng)
     page = LAYOUTS[layout](rng, test, image_size, style)
     image = augment(page.image, rng, page.ground, page.glyphs)
-    return Sample(image, "text", page.caption, choose_turns(rng, page.makers, turns), page.held_out, page.glyphs)
+    chosen = choose_turns(rng, page.makers, turns)
+    absent = choose_absent(rng, "text_absent", page.absent)
+    return Sample(image, "text", page.caption, chosen, page.held_out, page.glyphs, absent)
 
 
 def render_page(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
@@ -318,4 +337,5 @@ PAGE_TASKS = ("page_read_line",)
 TEXT_TASKS = (
     "text_read_word", "text_read_line", "text_find", "text_letter", "text_length", "text_count", "receipt_price",
     "receipt_item", "receipt_total", "receipt_extreme", "receipt_count", "table_cell", "table_count", "table_compare",
+    "text_absent",
 )  # fmt: skip

@@ -30,6 +30,9 @@ def evaluate_synthetic(
         str | None, typer.Option(help="Ablation: this compressor instead, without retraining.", show_default=False)
     ] = None,
     visual_tokens: options.VisualTokens = None,
+    absent_share: Annotated[
+        float, typer.Option(help="Share of the questions that are about what is not there.", min=0, max=1)
+    ] = 0.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the report here.", show_default=False)
     ] = None,
@@ -73,6 +76,7 @@ def evaluate_synthetic(
             photos=photos,
             batch_size=batch_size,
             visual_tokens=visual_tokens,
+            absent_share=absent_share,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     report.settings |= {"model": model, "zero_embedded_query": zero_embedded_query, "compressor": compressor}
