@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
+from flashsloth.model.conv_stem import ConvStemVisionConfig
 
 VOCABULARY = 96
 PAD, EOS, IMAGE, QUERY = 0, 1, 2, 3
@@ -57,6 +58,7 @@ ENCODERS: dict[str, PreTrainedConfig] = {
     ),
     "clip": CLIPVisionConfig(**_VISION, intermediate_size=40),
     "dinov2": Dinov2Config(**_VISION, mlp_ratio=2),
+    "conv_stem": ConvStemVisionConfig(**_VISION, intermediate_size=40, stem_widths=[8, 24], stem_strides=[2, 2]),
     "dinov2_with_registers": Dinov2WithRegistersConfig(**_VISION, mlp_ratio=2, num_register_tokens=2),
 }
 

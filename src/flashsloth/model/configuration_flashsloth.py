@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .backbones import image_size_of, num_kept_layers, patch_grid
 from .compressors import COMPRESSORS
+from .conv_stem import ConvStemVisionConfig  # noqa: F401  # known to transformers once it is imported
 
 logger = logging.get_logger(__name__)
 
