@@ -76,10 +76,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "city": CITIES, "pet": PETS, "colour": INKS, "day": DAYS, "team": TRAIN_WORDS, "size": ("s", "m", "l", "xl", "xs"),
 }  # fmt: skip
 HELD_OUT_ROWS = {"name": HELD_OUT_NAMES, "city": HELD_OUT_CITIES, "item": HELD_OUT_ITEMS}
-CAPTION_WORDS = frozenset(
-    "receipt cards table titled total or form box ticked not button buttons dialog disabled menu highlighted list "
-    "notice".split()
-)
+_CAPTIONS = """
+receipt cards table titled total or form box ticked not button buttons dialog disabled menu highlighted list notice
+"""
+CAPTION_WORDS = frozenset(_CAPTIONS.split())
 KEPT = HELD_OUT | frozenset((*HELD_OUT_NAMES, *HELD_OUT_CITIES, *HELD_OUT_BUTTONS))
 
 

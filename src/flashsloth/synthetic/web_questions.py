@@ -10,7 +10,7 @@ from .web_facts import EMPTY, INKS, Dialog, Facts, Form, Menu, Notice, Priced, T
 
 NONE = "none"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-ABSENT_SHARE = 0.05  # of the weights; as there are many of them, 8 % of what is asked
+ABSENT_SHARE = 0.035  # of the weights; as there are many of them, 8 % of what is asked
 
 # question -> (wordings, wordings of the test split)
 WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
