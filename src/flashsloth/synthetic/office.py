@@ -115,7 +115,7 @@ def _print(rng: random.Random, facts: Priced | Table, ink: RGB, paper: RGB, size
     return buffer.getvalue(), size / longer
 
 
-def _draw(data: bytes, scale: float) -> tuple[Image.Image, list[Glyph]]:
+def _draw(data: bytes, scale: float, size: int) -> tuple[Image.Image, list[Glyph]]:
     try:
         import pypdfium2
     except ImportError as error:
@@ -123,12 +123,13 @@ def _draw(data: bytes, scale: float) -> tuple[Image.Image, list[Glyph]]:
     document = pypdfium2.PdfDocument(data)
     page = document[0]
     image = page.render(scale=scale).to_pil().convert("RGB")
+    image = image.crop((0, 0, min(image.width, size), min(image.height, size)))  # PDFium rounds up
     text = page.get_textpage()
-    glyphs = []
+    glyphs, height = [], page.get_height()
     for index, character in enumerate(text.get_text_range()):
         if "!" <= character <= "~":
             left, bottom, right, top = text.get_charbox(index, loose=True)
-            glyphs.append(Glyph(character, (left + right) / 2 * scale, image.height - (bottom + top) / 2 * scale))
+            glyphs.append(Glyph(character, (left + right) / 2 * scale, (height - (bottom + top) / 2) * scale))
     for part in (text, page, document):
         part.close()
     return image, glyphs
@@ -144,7 +145,7 @@ def render_office(rng: random.Random, test: bool, image_size: int, turns: int) -
         data, scale = _print(rng, facts, ink, paper, image_size)
         if TEXT * scale >= LEAST_TEXT * image_size:
             break
-    image, glyphs = _draw(data, scale)
+    image, glyphs = _draw(data, scale, image_size)
     image = augment(image, rng, paper, glyphs)
     chosen = choose_turns(rng, question_makers(rng, facts, "office", test), turns)
     return Sample(image, "office_tables", facts.caption(), chosen, True, glyphs)
