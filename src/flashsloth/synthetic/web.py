@@ -5,8 +5,8 @@ machine has, and a generic family takes the place of any other; these Debian pac
 fonts-cabin fonts-cantarell fonts-comic-neue fonts-courier-prime fonts-crosextra-caladea fonts-crosextra-carlito
 fonts-dejavu-core fonts-dejavu-extra fonts-dosis fonts-ebgaramond fonts-fantasque-sans fonts-firacode
 fonts-freefont-ttf fonts-go fonts-hack fonts-inconsolata fonts-inter fonts-jetbrains-mono fonts-junction fonts-karla
-fonts-lato fonts-liberation2 fonts-linuxlibertine fonts-mononoki fonts-open-sans fonts-play fonts-prociono
-fonts-quicksand fonts-roboto-unhinted fonts-sil-gentium fonts-urw-base35 fonts-vollkorn.
+fonts-lato fonts-liberation2 fonts-linuxlibertine fonts-mononoki fonts-open-sans fonts-play fonts-quicksand
+fonts-roboto-unhinted fonts-sil-gentium fonts-urw-base35 fonts-vollkorn.
 A seed gives the same questions everywhere, and the same pixels for the same fonts and Chromium.
 """
 
@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable
 
 from .augment import augment
+from .colours import COLOURS, MIN_DISTANCE, distance
 from .sample import Sample, choose_turns
 from .web_browser import open_browser
 from .web_facts import (
@@ -29,6 +30,7 @@ from .web_facts import (
     choose_priced,
     choose_table,
     kept_for_test,
+    shown_colours,
 )
 from .web_html import write_html
 from .web_questions import NONE, ORDINALS, all_tasks, question_makers, question_words
@@ -60,7 +62,9 @@ def render_web(rng: random.Random, test: bool, image_size: int, turns: int) -> S
         largest = image_size * rng.uniform(0.7, 1) * LARGEST_TEXT / PAGE_TEXT
         html = write_html(rng, facts, look)
         shot = browser.show(html, image_size, margin, largest, rng.random(), rng.random())
-        if shot.least_text >= LEAST_TEXT * image_size:  # else what is written is too wide or too long to be read
+        # else what is written is too wide or too long to be read, or a colour that is asked for is hardly seen
+        seen = min((distance(COLOURS[name], look.paper) for name in shown_colours(facts)), default=MIN_DISTANCE)
+        if shot.least_text >= LEAST_TEXT * image_size and seen >= MIN_DISTANCE:
             break
     image = augment(browser.photograph(shot), rng, look.ground, shot.glyphs)
     chosen = choose_turns(rng, question_makers(rng, facts, "web", test), turns)

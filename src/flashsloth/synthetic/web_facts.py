@@ -257,6 +257,13 @@ class Notice:
 Facts = Priced | Table | Form | Dialog | Menu | Notice
 
 
+def shown_colours(facts: Facts) -> tuple[str, ...]:
+    """The named colours of cards and buttons."""
+    if isinstance(facts, Priced):
+        return facts.colours
+    return tuple(button.colour for button in facts.buttons if button.colour) if isinstance(facts, Dialog) else ()
+
+
 def choose_priced(rng: random.Random, test: bool, cards: bool = False) -> Priced:
     """Two to six items with different prices; whole prices are below 10, so that two can be added."""
     count = rng.choice((2, 3, 4)) if cards else rng.choice((2, 3, 3, 4, 4, 5, 6))

@@ -41,7 +41,7 @@ class _Writer:
 def _priced(write: _Writer, facts: Priced) -> str:
     rows = [(name, facts.sign + facts.written(price)) for name, price in zip(facts.items, facts.prices, strict=True)]
     if facts.colours:
-        top = write.rng.choice(("card", "card top"))
+        top = write.rng.choice(("card left", "card top"))
         across = 2 if len(rows) == 4 or write.rng.random() < 0.5 else 1
         cards = (
             write.wrap(

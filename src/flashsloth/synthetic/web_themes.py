@@ -17,7 +17,7 @@ FONTS: tuple[tuple[str, str], ...] = (
     ("Liberation Mono", "monospace"), ("Liberation Sans", "sans-serif"), ("Liberation Serif", "serif"),
     ("Linux Biolinum O", "sans-serif"), ("Linux Libertine O", "serif"), ("mononoki", "monospace"),
     ("Nimbus Sans Narrow", "sans-serif"), ("Open Sans", "sans-serif"), ("P052", "serif"),
-    ("Prociono", "serif"), ("Quicksand", "sans-serif"), ("Roboto", "sans-serif"), ("Roboto Condensed", "sans-serif"),
+    ("Quicksand", "sans-serif"), ("Roboto", "sans-serif"), ("Roboto Condensed", "sans-serif"),
     ("URW Gothic", "sans-serif"), ("C059", "serif"), ("Hack", "monospace"),
 )  # fmt: skip
 HELD_OUT_FONTS: tuple[tuple[str, str], ...] = (
@@ -27,7 +27,7 @@ HELD_OUT_FONTS: tuple[tuple[str, str], ...] = (
 HELD_OUT_SHARE = 0.25  # of test pages, for the fonts and for the theme
 
 BASE = """
-* { box-sizing: border-box; margin: 0; font-variant-ligatures: none }
+* { box-sizing: border-box; margin: 0; font-variant: no-contextual no-common-ligatures lining-nums }
 html { background: var(--ground); overflow: hidden }
 body { color: var(--ink); font: 16px/1.35 var(--font) }
 #page { display: inline-block; width: max-content; background: var(--paper); padding: .5em .6em }
@@ -50,8 +50,8 @@ input { width: 1.05em; height: 1.05em; accent-color: var(--accent); flex: none }
 .tick b.yes.cross::after { content: ''; position: absolute; inset: .02em; background: linear-gradient(45deg, transparent 42%, var(--ink) 42% 58%, transparent 58%), linear-gradient(-45deg, transparent 42%, var(--ink) 42% 58%, transparent 58%) }
 .menu { border: 1px solid var(--line); padding: .2em 0 } .entry { display: flex; justify-content: space-between; gap: 1.6em; padding: .12em .7em }
 .entry.on { background: var(--accent); color: var(--onaccent) }
-.cards { display: grid; gap: .4em; grid-template-columns: repeat(var(--across), 1fr) } .card { border: 1px solid var(--line); padding: .3em .5em; border-left: .5em solid var(--own) }
-.card.top { border-left-width: 1px; border-top: .6em solid var(--own) } .price { font-weight: bold }
+.cards { display: grid; gap: .4em; grid-template-columns: repeat(var(--across), 1fr) } .card { border: 1px solid var(--line); padding: .3em .5em }
+#page .left { border-left: .5em solid var(--own) } #page .top { border-top: .6em solid var(--own) } .price { font-weight: bold }
 ul { padding-left: 1.4em } p { padding: .08em 0; max-width: 15em }
 """  # noqa: E501
 THEMES: dict[str, str] = {
@@ -68,7 +68,7 @@ THEMES: dict[str, str] = {
     "shadow": "#page { box-shadow: 0 .1em .4em #0006 } button, .card { box-shadow: 0 .08em .2em #0006; border: 0 }"
     " tr:first-child { background: var(--stripe) } .menu { box-shadow: 0 .2em .5em #0005; border: 0 }",
     "dashed": ".line { border-bottom: 1px dashed var(--muted) } #page { border: 1px dashed var(--muted) }"
-    " td { border-left: 1px dotted var(--muted) } .card { border-style: dashed; border-left-style: solid }",
+    " td { border-left: 1px dotted var(--muted) } .card { border-style: dashed }",
     "window": "#page { border: 2px solid var(--ink); padding-top: 0 } h1 { background: var(--ink);"
     " color: var(--paper); margin: 0 -.55em .4em; padding: .15em .5em } td, th { border: 1px solid var(--line) }",
 }  # fmt: skip
@@ -126,7 +126,7 @@ def choose_look(rng: random.Random, test: bool) -> Look:
         "ground": ground,
         "ink": ink,
         "line": _mix(paper, ink, rng.uniform(0.25, 0.8)),
-        "muted": _mix(paper, ink, 0.42),
+        "muted": _mix(paper, ink, 0.48),
         "stripe": _mix(paper, ink, rng.uniform(0.07, 0.16)),
         "accent": accent,
         "onaccent": ink_on(accent),
