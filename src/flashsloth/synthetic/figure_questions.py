@@ -80,11 +80,19 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("which has a higher value, {0} or {1}?",),
     ),
     "which_larger_in": (
-        ("which is larger in {2}, {0} or {1}?", "in {2}, which is higher, {0} or {1}?", "in {2}, is {0} or {1} larger?"),
+        (
+            "which is larger in {2}, {0} or {1}?",
+            "in {2}, which is higher, {0} or {1}?",
+            "in {2}, what is more, {0} or {1}?",
+        ),
         ("which has a higher value in {2}, {0} or {1}?",),
     ),
     "more_points": (
-        ("are there more points of {0} than {1}?", "does {0} have more points than {1}?", "has {0} more points than {1}?",),
+        (
+            "are there more points of {0} than {1}?",
+            "does {0} have more points than {1}?",
+            "more points of {0} than {1}?",
+        ),
         ("do you see more points of {0} than of {1}?",),
     ),
     "count": (
@@ -100,7 +108,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("name the type of chart.",),
     ),
     "direction": (
-        ("are the bars vertical or horizontal?", "is the bar chart vertical or horizontal?", "vertical or horizontal?"),
+        ("are the bars vertical or horizontal?", "is this a vertical or horizontal chart?", "vertical or horizontal?"),
         ("do the bars look vertical or horizontal?",),
     ),
     "stacking": (

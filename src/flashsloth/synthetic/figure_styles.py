@@ -77,3 +77,8 @@ def choose_colours(rng: random.Random, style: str, count: int) -> tuple[tuple[st
     }
     words = rng.sample([word for word, shades in fitting.items() if shades], count)
     return tuple(words), tuple(rng.choice(fitting[word]) for word in words)
+
+
+def ground_of(style: str) -> str:
+    """The colour of the paper, `#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*PAPERS.get(style, WHITE))
