@@ -11,6 +11,7 @@ COLOUR_WORDS = (
     "red", "orange", "yellow", "green", "blue", "purple", "black", "brown", "pink", "gray", "cyan",
 )  # fmt: skip
 CLEAR_SHARE = 0.07  # of the largest value: a difference seen by eye
+CLEAR_SLICE = 4.0  # percent: a difference of slices seen by eye
 NONE = "none"
 
 # key -> (wordings, wordings kept for the test split)
@@ -103,6 +104,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("does {0} go up or down?", "what is the trend of {0}, up or down?", "which way does {0} go, up or down?"),
         ("from left to right, does {0} go up or down?",),
     ),
+    "trend_are": (
+        ("do {0} go up or down?", "what is the trend of {0}, up or down?", "which way do {0} go, up or down?"),
+        ("from left to right, do {0} go up or down?",),
+    ),
     "kind": (
         ("what kind of chart is this?", "what type of chart is shown?", "which kind of chart do you see?"),
         ("name the type of chart.",),
@@ -125,6 +130,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "colour": (
         ("what colour is {0}?", "what color is {0}?", "what is the colour of {0}?", "which colour has {0}?"),
+        ("tell me the colour of {0}.",),
+    ),
+    "colour_are": (
+        ("what colour are {0}?", "what color are {0}?", "which colour do {0} have?"),
         ("tell me the colour of {0}.",),
     ),
     "find_colour": (
@@ -157,6 +166,8 @@ class FigureQuestions:
             self.coloured = figure.names or figure.labels
         rows = figure.totals if figure.kind == "stacked" else tuple(value for row in figure.values for value in row)
         self.clear = 0.0 if figure.printed and figure.kind != "stacked" else CLEAR_SHARE * max(rows, default=0)
+        if figure.kind == "pie" and not figure.printed:
+            self.clear = CLEAR_SLICE
 
     def ask(self, rng: random.Random, key: str, task: str, answer: str, *fields: str) -> Turn:
         """A turn in one of the wordings."""
@@ -280,7 +291,9 @@ class FigureQuestions:
             row = rng.randrange(len(figure.points))
             points = figure.points[row] if len(figure.points) == 1 else sum(figure.points, ())
             up = _correlation(points)
-            return None if abs(up) < 0.75 else self.ask(rng, "trend", "trend", "up" if up > 0 else "down", "the cloud")
+            if abs(up) < 0.75:
+                return None
+            return self.ask(rng, "trend_are", "trend", "up" if up > 0 else "down", "the points")
         if figure.kind not in ("line", "lines"):
             return None
         row = rng.randrange(len(figure.values))
@@ -309,8 +322,9 @@ class FigureQuestions:
         if len(colours) == 1 and kind != "pie":
             if not colours[0]:
                 return None
-            noun = "the line" if kind == "line" else "the bar" if kind in BARS else "the mark"
-            return self.ask(rng, "colour", "colour", colours[0], noun)
+            if kind == "line":
+                return self.ask(rng, "colour", "colour", colours[0], "the line")
+            return self.ask(rng, "colour_are", "colour", colours[0], "the bars" if kind in BARS else "the points")
         if not self.coloured:
             return None
         index = rng.randrange(len(self.coloured))
@@ -324,20 +338,31 @@ class FigureQuestions:
 
     def absent(self, rng: random.Random) -> Turn | None:
         """A question of the others' wording about what is not there."""
-        figure, task = self.figure, "absent"
-        what = rng.choice(("title", "axis", "value", "value", "find_value", "colour", "find_colour"))
-        if what == "title":
-            return None if figure.title else self.ask(rng, "title", task, NONE)
-        if what == "axis":
-            bare = [axis for axis, label in figure.axis_labels.items() if not label]
-            return self.ask(rng, "axis", task, NONE, rng.choice(bare)) if bare and figure.kind != "pie" else None
-        if what in ("colour", "find_colour"):
-            return self._absent_colour(rng, what)
-        readable = bool(figure.values) and any(self.readable(value) for row in figure.values for value in row)
-        if not readable:
+        makers = [self._absent_title, self._absent_axis, self._absent_noun, self._absent_value, self._absent_colour]
+        rng.shuffle(makers)
+        for make in makers:
+            turn = make(rng)
+            if turn is not None:
+                return turn
+        return None
+
+    def _absent_title(self, rng: random.Random) -> Turn | None:
+        return None if self.figure.title else self.ask(rng, "title", "absent", NONE)
+
+    def _absent_axis(self, rng: random.Random) -> Turn | None:
+        bare = [axis for axis, label in self.figure.axis_labels.items() if not label]
+        if not bare or self.figure.kind == "pie":
             return None
-        if what == "find_value":
-            return self._absent_value(rng)
+        return self.ask(rng, "axis", "absent", NONE, rng.choice(bare))
+
+    def _any_readable(self) -> bool:
+        return any(self.readable(value) for row in self.figure.values for value in row)
+
+    def _absent_noun(self, rng: random.Random) -> Turn | None:
+        """The value of a category or series that is not there."""
+        figure = self.figure
+        if not self._any_readable():
+            return None
         if figure.names:
             label, name = rng.choice(figure.labels), rng.choice(figure.names)
             if figure.others and rng.random() < 0.5:
@@ -346,16 +371,16 @@ class FigureQuestions:
                 name = rng.choice(figure.other_names)
             else:
                 return None
-            return self.ask(rng, "value_at", task, NONE, label, name)
+            return self.ask(rng, "value_at", "absent", NONE, label, name)
         if not figure.others:
             return None
         key = "value_bin" if figure.kind == "histogram" else "value"
-        return self.ask(rng, key, task, NONE, rng.choice(figure.others))
+        return self.ask(rng, key, "absent", NONE, rng.choice(figure.others))
 
-    def _absent_colour(self, rng: random.Random, what: str) -> Turn | None:
+    def _absent_colour(self, rng: random.Random) -> Turn | None:
         if not self.coloured or not all(self.look.colours):
             return None
-        if what == "find_colour":
+        if rng.random() < 0.5:
             free = [word for word in COLOUR_WORDS if word not in self.look.colours]
             return self.ask(rng, "find_colour", "absent", NONE, rng.choice(free))
         others = self.figure.other_names if self.figure.names else self.figure.others
@@ -368,7 +393,7 @@ class FigureQuestions:
     def _absent_value(self, rng: random.Random) -> Turn | None:
         """Which one has a value that none has."""
         figure = self.figure
-        if figure.kind in ("scatter", "histogram"):
+        if figure.kind in ("scatter", "histogram") or not self._any_readable():
             return None
         row = rng.randrange(len(figure.values))
         free = [tick for tick in sorted(self.look.ticks) if 0 < tick <= max(figure.values[row])]
@@ -395,8 +420,8 @@ def ask_about(rng: random.Random, figure: Figure, look: Look, test: bool, turns:
     ask = FigureQuestions(figure, look, test)
     makers: list[tuple[float, TurnMaker]] = [
         (2.5, ask.value), (1.0, ask.find_value), (1.0, ask.maximum), (1.0, ask.minimum), (1.5, ask.compare),
-        (1.3, ask.trend), (1.0, ask.title), (0.9, ask.axis), (0.6, ask.count), (0.35, ask.kind), (1.2, ask.colour),
-        (0.8, ask.absent),
+        (2.2, ask.trend), (1.0, ask.title), (0.9, ask.axis), (0.6, ask.count), (0.35, ask.kind), (1.2, ask.colour),
+        (0.75, ask.absent),
     ]  # fmt: skip
     return choose_turns(rng, makers, turns)
 
@@ -405,3 +430,18 @@ FIGURE_TASKS = (
     "figure_value", "figure_find_value", "figure_maximum", "figure_minimum", "figure_compare", "figure_trend",
     "figure_title", "figure_axis", "figure_count", "figure_kind", "figure_colour", "figure_absent",
 )  # fmt: skip
+
+_CAPTION_WORDS = "titled x y axis points to"
+_ANSWER_WORDS = "yes no up down none vertical horizontal grouped stacked"
+_NOUNS = "the bars bar line lines of points slices names in legend"
+
+
+def _question_words() -> dict[str, None]:
+    wordings = [wording for pair in WORDINGS.values() for wordings in pair for wording in wordings]
+    texts = [*wordings, _CAPTION_WORDS, _ANSWER_WORDS, _NOUNS, *KIND_NAMES.values()]
+    words = "".join(letter if letter.isalpha() else " " for letter in " ".join(texts)).split()
+    return dict.fromkeys([*words, *COLOUR_WORDS])
+
+
+# of questions, closed answers and captions, but for what is read off a figure
+FIGURE_WORDS: tuple[str, ...] = tuple(_question_words())

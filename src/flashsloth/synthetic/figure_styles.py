@@ -2,7 +2,7 @@
 
 import random
 
-from .colours import MIN_DISTANCE, RGB, distance
+from .colours import MIN_DISTANCE, RGB, distance, luminance
 
 # style sheets of matplotlib and their weight
 STYLES: dict[str, float] = {
@@ -82,3 +82,8 @@ def choose_colours(rng: random.Random, style: str, count: int) -> tuple[tuple[st
 def ground_of(style: str) -> str:
     """The colour of the paper, `#rrggbb`."""
     return "#{:02x}{:02x}{:02x}".format(*PAPERS.get(style, WHITE))
+
+
+def ink_on(shade: str) -> str:
+    """Black or white, whichever is legible on a shade."""
+    return "#ffffff" if luminance(rgb_of(shade)) < 110 else "#000000"

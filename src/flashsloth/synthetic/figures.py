@@ -237,7 +237,7 @@ def _decorate(plot: _Plot) -> None:
         return
     axes.set_xlabel(setting.title_case(figure.axis_labels["x"]))
     axes.set_ylabel(setting.title_case(figure.axis_labels["y"]))
-    axis, margin = ("x", 0.14) if plot.horizontal else ("y", 0.12)
+    axis, margin = ("x", 0.14) if plot.horizontal else ("y", 0.2 if figure.kind == "line" else 0.12)
     if figure.printed and figure.kind != "stacked":
         axes.margins(**{axis: margin})
     if figure.step and not figure.printed and figure.kind not in ("stacked", "scatter") and rng.random() < 0.6:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 
 from .figure_facts import Figure, caption_of, choose_figure, written
 from .figure_questions import Look, ask_about
-from .figure_styles import choose_colours
+from .figure_styles import choose_colours, ink_on
 from .fonts import font_path
 from .sample import Sample
 
@@ -32,7 +33,7 @@ SEQUENCES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "classic": (
         ("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"), ("", "#ff00ff"), ("cyan", "#00ffff"),
-        ("", "#ffff00"), ("black", "#000000"), ("orange", "#ff4500"),
+        ("", "#ffff00"), ("black", "#000000"), ("", "#ff4500"),
     ),
 }  # fmt: skip
 CASES = (str.lower, str.lower, str.title, str.upper)
@@ -77,6 +78,7 @@ class _Script:
     def __post_init__(self) -> None:
         self.lines: list[str] = []
         self.plots: list[str] = []
+        self.ticks: frozenset[float] = frozenset()  # values written at their axis
         self.width = self.rng.choice((0.8, 0.7, 0.6, 0.5))
 
     def data(self, rows: Iterable[Sequence[object]]) -> str:
@@ -97,16 +99,33 @@ class _Script:
     def categories(self, axis: str, turned: bool) -> None:
         places = ", ".join(f"{_quoted(self.case(label))} {at}" for at, label in enumerate(self.figure.labels))
         self.lines.append(f"set {axis}tics ({places}){' rotate by 45 right' if turned else ''}")
+        if axis == "y":  # gnuplot leaves too little room between long names and the label of the axis
+            longest = max(map(len, self.figure.labels))
+            self.lines += [f"set lmargin {1.2 * longest + 6:g}", f"set ylabel offset {-0.2 * longest - 0.6:g},0"]
         self.lines.append(f"set {axis}range [-0.6:{len(self.figure.labels) - 0.4}]")
 
     def values(self, axis: str) -> None:
         """Range and ticks of the axis of values."""
         figure = self.figure
         most = max(figure.totals) if figure.kind == "stacked" else max(map(max, figure.values))
-        room = 1.35 if figure.names else 1.15
+        room = {0: 1.15, 2: 1.4}.get(len(figure.names), 1.55)
         self.lines.append(f"set {axis}range [0:{most * room:g}]")
         if figure.step and figure.kind != "stacked":
-            self.lines.append(f"set {axis}tics {figure.step:g}")
+            step = self.tick_step(axis, most * room)
+            self.lines.append(f"set {axis}tics {step:g}")
+            self.ticks = frozenset(step * unit for unit in range(int(most * room / step) + 1))
+
+    def tick_step(self, axis: str, most: float) -> float:
+        """The distance of the ticks of the values: their own, or twice as much where numbers would touch."""
+        step = self.figure.step
+        crowded = 8 if axis == "y" else 30 / len(written(most))
+        while step and most / step > crowded:
+            step *= 2
+        return step
+
+    def label(self, x: float, y: float, text: str, options: str) -> None:
+        """A text anywhere."""
+        self.lines.append(f"set label {_quoted(text)} at {x:g},{y:g} {options}")
 
     def note(self, rows: Iterable[Sequence[object]], offset: str) -> None:
         """Numbers at (x, y)."""
@@ -130,11 +149,9 @@ def _bars(script: _Script) -> None:
         shift = (row - (rows - 1) / 2) * width if figure.kind == "grouped" else 0.0
         if figure.kind == "stacked":
             bases = [sum(figure.values[below][column] for below in range(row)) for column in range(len(values))]
-            places = [
-                (at, base + value / 2, written(value))
-                for at, (base, value) in enumerate(zip(bases, values, strict=True))
-            ]
-            script.note(places, 'tc rgb "#ffffff"')
+            for at, (base, value) in enumerate(zip(bases, values, strict=True)):
+                ink = ink_on(script.shade(row, at))
+                script.label(at, base + value / 2, written(value), f'center front tc rgb "{ink}"')
         else:
             script.note([(at + shift, value, written(value)) for at, value in enumerate(values)], "offset 0,0.6")
 
@@ -182,30 +199,21 @@ def _histogram(script: _Script) -> None:
 
 def _pie(script: _Script) -> None:
     figure, start = script.figure, float(script.rng.randrange(360))
-    script.lines += ["unset border", "unset tics", "set size ratio -1", "set style fill solid border -1"]
-    script.lines += ["set xrange [-1.5:1.5]", "set yrange [-1.25:1.25]", "set angles degrees"]
-    labels, shares = [], []
+    script.lines += ["unset border", "unset tics", "set size ratio -1", "set style fill solid"]
+    script.lines += ["set xrange [-1.6:1.6]", "set yrange [-1.25:1.25]"]
     for column, value in enumerate(figure.values[0]):
-        end = start + 3.6 * value
+        end, shade = start + 3.6 * value, script.shade(0, column)
+        first, last = start % 360, end % 360 or 360.0
         # an arc must not run over 360 degrees
-        pieces = (
-            [(start % 360, end % 360 or 360)]
-            if start % 360 < (end % 360 or 360)
-            else [(start % 360, 360), (0, end % 360)]
-        )
-        for low, high in pieces:
+        for low, high in [(first, last)] if first < last else [(first, 360.0), (0.0, last)]:
             data = script.data([(0, 0, 1, low, high)])
-            script.plots.append(
-                f'{data} using 1:2:3:4:5 with circles fs solid noborder lc rgb "{script.shade(0, column)}" notitle'
-            )
-        middle = (start + end) / 2
-        labels.append((f"{1.22:g}*cos({middle:g})", f"1.14*sin({middle:g})", script.case(figure.labels[column])))
-        shares.append((f"0.65*cos({middle:g})", f"0.65*sin({middle:g})", written(value)))
+            script.plots.append(f'{data} using 1:2:3:4:5 with circles fs solid noborder lc rgb "{shade}" notitle')
+        across, up = (turn(math.radians((start + end) / 2)) for turn in (math.cos, math.sin))
+        side = "left" if across > 0.2 else "right" if across < -0.2 else "center"
+        script.label(1.1 * across, 1.12 * up, script.case(figure.labels[column]), side)
+        if figure.printed:
+            script.label(0.68 * across, 0.68 * up, written(value), f'center front tc rgb "{ink_on(shade)}"')
         start = end
-    for x, y, text in labels:
-        script.lines.append(f"set label {_quoted(text)} at {x},{y} center")
-    for x, y, text in shares if figure.printed else ():
-        script.lines.append(f'set label {_quoted(text)} at {x},{y} center front tc rgb "#ffffff"')
 
 
 _DRAWERS: dict[str, Callable[[_Script], None]] = {
@@ -233,7 +241,7 @@ def render_gnuplot_figure(rng: random.Random, test: bool, image_size: int, turns
     script = _Script(figure, rng, shades, rng.choice(CASES))
     ratio = rng.choice(RATIOS)
     width, height = image_size, round(image_size * ratio)
-    font = f"{rng.choice(list(FONTS))},{rng.choice((7, 8, 8, 9)) * image_size / 288:g}"
+    font = f"{rng.choice(list(FONTS))},{rng.choice((8, 8, 9, 10)) * image_size / 288:g}"
     title = rng.choice(CASES)
     script.lines += [f'set terminal pngcairo size {width},{height} font "{font}" noenhanced', "set tics nomirror"]
     if figure.title:
@@ -247,16 +255,19 @@ def render_gnuplot_figure(rng: random.Random, test: bool, image_size: int, turns
         axes = {"horizontal": ("y", "x"), "histogram": ("", "y"), "scatter": ("", "")}.get(figure.kind, ("x", "y"))
         if axes[0]:
             letters = sum(len(label) + 1.5 for label in figure.labels)
-            script.categories(axes[0], axes[0] == "x" and letters * 6.5 * image_size / 288 > 0.75 * width)
+            script.categories(
+                axes[0], axes[0] == "x" and letters * 6.5 * image_size / 288 > (0.45 if figure.names else 0.75) * width
+            )
         if axes[1]:
             script.values(axes[1])
-    script.lines.append(rng.choice(("set key outside right", "set key top left", "set key top right")))
+    if figure.names:
+        inside = figure.kind == "lines" or (figure.kind == "stacked" and len(figure.names) == 2)
+        outside = ("outside right", "outside right", "outside top center horizontal")
+        script.lines.append(f"set key {rng.choice(('top left', 'top right', *outside) if inside else outside)}")
     _DRAWERS[figure.kind](script)
     image = run_gnuplot("\n".join([*script.lines, f"plot {', '.join(script.plots)}", ""]))
-    ticks: frozenset[float] = frozenset()
-    if figure.step and figure.kind not in ("pie", "stacked", "scatter"):
-        most = max(map(max, figure.values))
-        ticks = frozenset(figure.step * unit for unit in range(round(most / figure.step) + 1))
-    readable = figure.printed or bool(ticks)
-    questions = ask_about(rng, figure, Look(words, ticks), test, turns)
+    readable = figure.printed or (
+        bool(script.ticks) and all(value in script.ticks for row in figure.values for value in row)
+    )
+    questions = ask_about(rng, figure, Look(words, script.ticks), test, turns)
     return Sample(image, "gnuplot_figures", caption_of(figure, words, readable), questions, figure.held_out)
