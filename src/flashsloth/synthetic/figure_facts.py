@@ -31,6 +31,7 @@ LABEL_COUNTS = {
     "pie": (3, 5), "histogram": (4, 7), "scatter": (0, 0),
 }  # fmt: skip
 HELD_OUT_SHARE = 0.5
+FIT_SHARE = 0.08  # of the highest bar
 GRID_COLUMNS, GRID_ROWS = 10, 8  # places of the points of a scatter plot
 
 # (label of the axis, names on it)
@@ -229,6 +230,8 @@ def choose_figure(rng: random.Random, test: bool) -> Figure:
     else:
         printed = rng.random() < {"lines": 0.0, "stacked": 0.5, "histogram": 0.3}.get(kind, 0.5)
         values, step = _choose_values(rng, kind, rows, count, printed)
+        if kind == "stacked":  # a number must fit into its part
+            printed = printed and min(map(min, values)) > FIT_SHARE * max(map(sum, zip(*values, strict=True)))
     if kind == "histogram":
         width = rng.choice((1, 2, 5, 10, 10, 20))
         start = width * rng.randint(0, 5)

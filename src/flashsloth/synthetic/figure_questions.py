@@ -248,6 +248,8 @@ class FigureQuestions:
 
     def compare(self, rng: random.Random) -> Turn | None:
         figure = self.figure
+        nouns: tuple[str, ...]
+        values: tuple[float, ...]
         if figure.kind == "scatter":
             if not figure.names:
                 return None

@@ -306,7 +306,8 @@ def _draw(figure: Figure, setting: _Setting, rng: random.Random, pixels: int) ->
 
     dots = pixels / max(setting.size)
     # a little more than whole pixels, which are rounded down
-    sheet = Sheet(figsize=tuple((round(side * dots) + 0.01) / dots for side in setting.size), dpi=dots)
+    width, height = ((round(side * dots) + 0.01) / dots for side in setting.size)
+    sheet = Sheet(figsize=(width, height), dpi=dots)
     canvas = FigureCanvasAgg(sheet)
     plot = _Plot(sheet.add_subplot(), figure, setting, rng)
     _DRAWERS[figure.kind](plot)

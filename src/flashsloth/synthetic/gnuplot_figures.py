@@ -118,7 +118,7 @@ class _Script:
     def tick_step(self, axis: str, most: float) -> float:
         """The distance of the ticks of the values: their own, or twice as much where numbers would touch."""
         step = self.figure.step
-        crowded = 8 if axis == "y" else 30 / len(written(most))
+        crowded = 8 if axis == "y" else 24 / len(written(most))
         while step and most / step > crowded:
             step *= 2
         return step
@@ -262,7 +262,9 @@ def render_gnuplot_figure(rng: random.Random, test: bool, image_size: int, turns
             script.values(axes[1])
     if figure.names:
         inside = figure.kind == "lines" or (figure.kind == "stacked" and len(figure.names) == 2)
-        outside = ("outside right", "outside right", "outside top center horizontal")
+        outside: tuple[str, ...] = ("outside top center horizontal",)
+        if figure.kind != "stacked":  # whose numbers need wide bars
+            outside += ("outside right", "outside right")
         script.lines.append(f"set key {rng.choice(('top left', 'top right', *outside) if inside else outside)}")
     _DRAWERS[figure.kind](script)
     image = run_gnuplot("\n".join([*script.lines, f"plot {', '.join(script.plots)}", ""]))
