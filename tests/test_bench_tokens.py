@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
+from flashsloth.bench import anatomy
 from flashsloth.bench.memory import cache_bytes, cache_bytes_per_token, feature_map_elements, widest_block_elements
 from flashsloth.bench.models import MODELS
 from flashsloth.bench.rebuilt import FastViTHD
@@ -40,6 +41,8 @@ EXPECTED = {
     "flashsloth-qwen3-0.6b": (1_002_792_929, [81], [729], [0.79], (0.65, 0.14), 112),
     "flashsloth-qwen3-1.7b": (2_133_425_121, [81], [729], [1.09], (0.65, 0.44), 112),
     "flashsloth-smollm2-360m": (768_252_065, [81], [729], [0.75], (0.65, 0.10), 40),
+    "flashsloth-qwen3-0.6b-elastic": (680_295_553, [64], [576], [0.23], (0.10, 0.13), 112),
+    "flashsloth-smollm2-135m-elastic": (217_178_305, [64], [576], [0.13], (0.10, 0.03), 22.5),
     "qwen2-vl-2b": (
         2_208_985_600, [196, 729, 999, 2304], [784, 2916, 3996, 9216], [1.80, 7.31, 10.71, 32.87], (5.12, 2.19), 28,
     ),
@@ -364,6 +367,25 @@ def test_json_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     costs = measure_all(["flashsloth", "smolvlm-500m"], [(1024, 768)], 10, "bfloat16")
     assert markdown_file.read_text().endswith(token_markdown(costs, 10, "bfloat16", 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.json", "tokens.md"]
+
+
+def test_choices_of_visual_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = tmp_path / "tokens.json", tmp_path / "tokens.md"
+    names = "flashsloth,siglip-phi2-729,flashsloth-smollm2-135m-elastic,paligemma2-3b-224"
+    files = ["--json", str(path), "--markdown", str(page)]
+    assert main(["bench", "tokens", "--models", names, "--sizes", "384x384", *files]) == 0
+    assert "elastic" in capsys.readouterr().out
+    found = [model["visual_token_choices"] for model in json.loads(path.read_text())["models"]]
+    assert found == [[], [], [64, 36, 16, 4], []]
+    text = page.read_text()
+    assert "elastic | 1 | 576 | 64 or 36, 16, 4 | 0.10 |" in text and text.count(" or ") == 1
+    assert "729 tokens | 1 | 729 | 729 | 0.64 |" in text
+
+
+def test_the_default_is_the_first_choice() -> None:
+    model = MODELS["flashsloth-smollm2-135m-elastic"].on_meta()
+    model.config.compressor_window = 6
+    assert anatomy.flashsloth(model).visual_token_choices == [16, 64, 36, 4]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class Anatomy:
         vision_elements: elements alive at the encoder's widest point.
         kept_elements: elements of encoder features kept while the prompt is read.
         query_tokens: positions the model adds to the prompt besides visual tokens.
+        visual_token_choices: numbers of visual tokens among which a request chooses, its default first; empty where
+            there is no choice.
     """
 
     connector: Sequence[nn.Module]
@@ -56,6 +58,7 @@ class Anatomy:
     embedded_query: Sequence[nn.Module] = ()
     kept_elements: Callable[[VisualInput], int] = lambda image: 0
     query_tokens: int = 0
+    visual_token_choices: Sequence[int] = ()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -127,6 +130,7 @@ def flashsloth(model: nn.Module) -> Anatomy:
     """FlashSloth with any compressor, with or without embedded queries."""
     base, config = model.model, model.config
     size, queries = config.vision_config.hidden_size, config.num_query_tokens
+    default, choices = config.num_image_tokens, config.visual_token_choices
 
     def connector_flops(image: VisualInput, prompt: int) -> int:
         # the compressor's score network sees every patch; its weighted sum is a matrix product too
@@ -148,6 +152,7 @@ def flashsloth(model: nn.Module) -> Anatomy:
         embedded_query=[] if base.embedded_query is None else [base.query_tokens, base.embedded_query],
         kept_elements=lambda image: image.patches * size if queries else 0,
         query_tokens=queries,
+        visual_token_choices=[default, *(count for count in choices if count != default)] if len(choices) > 1 else (),
     )
 
 

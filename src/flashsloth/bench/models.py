@@ -136,7 +136,12 @@ def _so400m(**changes: Any) -> dict[str, Any]:
 
 QWEN3_06B = {"model_type": "qwen3", **_decoder(1024, 3072, 28, 16, 8, 151936, tied=True, head_dim=128)}
 QWEN3_17B = {"model_type": "qwen3", **_decoder(2048, 6144, 28, 16, 8, 151936, tied=True, head_dim=128)}
+SMOLLM2_135M = {"model_type": "llama", **_decoder(576, 1536, 30, 9, 3, 49152, tied=True)}
 SMOLLM2_360M = {"model_type": "llama", **_decoder(960, 2560, 32, 15, 5, 49152, tied=True)}
+SIGLIP2_BASE = {
+    "model_type": "siglip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 384, "patch_size": 16,
+}  # fmt: skip
 QWEN2_15B = _decoder(1536, 8960, 28, 12, 2, 151936, tied=True)
 
 
@@ -232,7 +237,7 @@ def _fastvlm() -> nn.Module:
 
 
 _QWEN2_VISION = {"num_heads": 16, "patch_size": 14, "depth": 32}
-_SIGLIP_384, _HD_GRID = 27, [2, 2]
+_SIGLIP_384, _SIGLIP2_BASE_384, _HD_GRID = 27, 24, [2, 2]
 _QWEN2_RULE = native_resolution(patch=14, merge=2, min_pixels=56 * 56, max_pixels=12_845_056)
 _INTERNVL_RULE = tiles_of_nearest_ratio(tile_grid=32, tokens_per_tile=256, tile=448, max_tiles=12)
 _FLASHSLOTH_RULE = fixed(_SIGLIP_384, 81)
@@ -248,6 +253,18 @@ def _own(title: str, notes: str, rule: TokenRule = _FLASHSLOTH_RULE, **values: A
 def _other_decoder(title: str, text_config: dict[str, Any]) -> BenchModel:
     notes = f"No such weights exist; {title}'s sizes in Phi-2's place."
     return _own(f"FlashSloth, {title}", notes, text_config=text_config)
+
+
+def _elastic(title: str, text_config: dict[str, Any]) -> BenchModel:
+    """Of the recipe with that language model in `configs/`."""
+    notes = (
+        f"No such weights exist; SigLIP 2 base/16 at 384 px and {title}'s sizes. Of the numbers of visual tokens each "
+        "request chooses one; the costs are those of the first."
+    )
+    return _own(
+        f"FlashSloth, {title}, elastic", notes, fixed(_SIGLIP2_BASE_384, 64), vision_config=SIGLIP2_BASE,
+        text_config=text_config, compressor_windows=[3, 4, 6, 12], embedded_query_num_heads=12,
+    )  # fmt: skip
 
 
 MODELS: dict[str, BenchModel] = {
@@ -270,6 +287,8 @@ MODELS: dict[str, BenchModel] = {
     "flashsloth-qwen3-0.6b": _other_decoder("Qwen3-0.6B", QWEN3_06B),
     "flashsloth-qwen3-1.7b": _other_decoder("Qwen3-1.7B", QWEN3_17B),
     "flashsloth-smollm2-360m": _other_decoder("SmolLM2-360M", SMOLLM2_360M),
+    "flashsloth-qwen3-0.6b-elastic": _elastic("Qwen3-0.6B", QWEN3_06B),
+    "flashsloth-smollm2-135m-elastic": _elastic("SmolLM2-135M", SMOLLM2_135M),
     "qwen2-vl-2b": BenchModel(
         "Qwen2-VL-2B", "native",
         Native(

@@ -13,7 +13,7 @@ from flashsloth.reports.table import GIGA, KIBI, MEBI, MEGA, TERA, Column, Table
 from .counted import PARTS
 from .results import Measurement, Results
 from .stock import find_entry
-from .tokens import ModelCost
+from .tokens import ImageCost, ModelCost
 
 BASELINE = "flashsloth"
 STAGE_COLUMNS = ("preprocess", "encode", "compress", "prefill")
@@ -30,6 +30,11 @@ def _published(cost: ModelCost) -> str | None:
 
 def _part(name: str, cost: ModelCost) -> int | None:
     return cost.parameters[name] or None
+
+
+def _tokens(cost: ModelCost, image: ImageCost) -> str:
+    others = ", ".join(map(str, cost.visual_token_choices[1:]))
+    return f"{image.one.image.tokens} or {others}" if others else str(image.one.image.tokens)
 
 
 _MODEL_COLUMNS = (
@@ -55,7 +60,7 @@ def token_tables(costs: Sequence[ModelCost], text_tokens: int, dtype: str, batch
             Column("model", lambda pair: pair[0].title),
             Column("views", lambda pair: pair[1].one.image.views),
             Column("patches", lambda pair: pair[1].one.image.patches),
-            Column("tokens", lambda pair: pair[1].one.image.tokens),
+            Column("tokens", lambda pair: _tokens(*pair)),
             Column("vision T", lambda pair: pair[1].one.flops["encode"], ".2f", TERA),
             Column("compressor T", lambda pair: pair[1].one.flops["compress"], ".2f", TERA),
             Column("prefill T", lambda pair: pair[1].one.flops["prefill"], ".2f", TERA),

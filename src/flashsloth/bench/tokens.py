@@ -58,6 +58,7 @@ class ModelCost:
         published_parameters: where a published count could be found.
         cache_bytes_per_token: keys and values of one more token.
         decode_bytes: weights read to make one token.
+        visual_token_choices: see `anatomy.Anatomy`; all costs are those of the first.
         images: one entry per size.
     """
 
@@ -69,6 +70,7 @@ class ModelCost:
     published_parameters: int | None
     cache_bytes_per_token: int
     decode_bytes: int
+    visual_token_choices: list[int]
     images: list[ImageCost]
 
     @property
@@ -116,6 +118,7 @@ def measure(name: str, sizes: Sequence[tuple[int, int]], text_tokens: int, dtype
         published_parameters=entry.published_parameters,
         cache_bytes_per_token=cache_bytes_per_token(dissected.anatomy.text_config, element),
         decode_bytes=element * dissected.weights["prefill"],
+        visual_token_choices=list(dissected.anatomy.visual_token_choices),
         images=images,
     )
 
