@@ -7,13 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashsloth import FlashSlothConfig
+from flashsloth.bench.models import MODELS
 from flashsloth.train.recipe import dump_recipe, load_recipe, parse_recipe, with_accumulation
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Folders under configs/ whose files are no training recipes.
 OTHER_KINDS = ("accelerate", "studies")
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in OTHER_KINDS)
-SPECIFIED = ("flashsloth-3.2b", "flashsloth-hd-3.2b", "flashsloth-qwen3-1.7b", "flashsloth-smollm2-360m")
+ELASTIC = ("flashsloth-qwen3-0.6b", "flashsloth-smollm2-135m")
+SPECIFIED = ("flashsloth-3.2b", "flashsloth-hd-3.2b", "flashsloth-qwen3-1.7b", "flashsloth-smollm2-360m", *ELASTIC)
 ADAPTERS = ("lora-24gb", "qlora-16gb")
 
 
@@ -74,6 +76,16 @@ def test_recipes_of_the_paper_describe_the_published_model(name):
     published = FlashSlothConfig(view_grid=[2, 2] if "hd" in name else None)
     assert config.to_dict() == published.to_dict()
     assert config.num_image_tokens == (405 if "hd" in name else 81)
+
+
+@pytest.mark.parametrize("name", ELASTIC)
+def test_elastic_recipes_describe_the_models_that_are_counted(name):
+    recipe = load_recipe(CONFIGS / f"{name}.yaml").model
+    counted = MODELS[f"{name}-elastic"].on_meta().config
+    assert recipe.vision == "google/siglip2-base-patch16-384"
+    config = FlashSlothConfig(vision_config=counted.vision_config, text_config=counted.text_config, **recipe.config)
+    assert config.to_dict() == counted.to_dict()
+    assert config.visual_token_choices == {64: 3, 36: 4, 16: 6, 4: 12} and config.num_image_tokens == 64
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
