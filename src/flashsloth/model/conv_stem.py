@@ -1,8 +1,8 @@
 """A vision encoder whose patches are made by a few strided convolutions instead of one product.
 
-A plain ViT's first layers do what convolutions do cheaply: find edges and strokes. With small widths, where these layers
-are a large part of the whole, a convolutional stem reads fine detail better at the same cost (Xiao et al., "Early
-Convolutions Help Transformers See Better", 2021).
+A plain ViT finds edges and strokes in its first layers, which convolutions do cheaply. At small widths, where these
+layers are a large part of the whole, a convolutional stem reads fine detail better at the same cost (Xiao et al.,
+"Early Convolutions Help Transformers See Better", 2021).
 
 Shape suffixes: I images, C channels, H W pixels, E encoder width, h w patches.
 """

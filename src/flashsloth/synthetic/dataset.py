@@ -7,10 +7,15 @@ from typing import Any
 
 from .charts import CHART_TASKS, render_chart
 from .drawn import drawn_families
+from .figure_questions import FIGURE_TASKS
+from .figures import render_figure
+from .gnuplot_figures import render_gnuplot_figure
+from .office import OFFICE_TASKS, render_office
 from .photos import PHOTO_TASKS, Photographs, render_photo
 from .sample import REFERENCE_SIZE, Sample, make_generator, split_id
 from .scenes import SCENE_TASKS, render_scene
 from .texts import PAGE_TASKS, TEXT_TASKS, render_page, render_text
+from .web import WEB_TASKS, render_web
 
 FAMILIES: dict[str, Callable[..., Sample]] = {
     "scenes": render_scene,
@@ -18,8 +23,17 @@ FAMILIES: dict[str, Callable[..., Sample]] = {
     "text": render_text,
     "photos": render_photo,
     "pages": render_page,
+    "figures": render_figure,
+    "gnuplot_figures": render_gnuplot_figure,
+    "web": render_web,
+    "office_tables": render_office,
 }
-FAMILY_IDS = {"scenes": 0, "charts": 1, "text": 2, "photos": 3, "pages": 4}
+FAMILY_IDS = {
+    "scenes": 0, "charts": 1, "text": 2, "photos": 3, "pages": 4, "figures": 5, "gnuplot_figures": 6, "web": 7,
+    "office_tables": 8,
+}  # fmt: skip
+# drawn by programs that a model never sees in training
+TEST_ONLY_FAMILIES = frozenset({"gnuplot_figures", "office_tables"})
 # what a model is asked for and scored on; pages serve to practise reading
 DEFAULT_FAMILIES = ("scenes", "charts", "text", "photos")
 SPARE_TURNS = 3  # questions drawn for one that is asked, where some tasks are asked less
@@ -29,6 +43,10 @@ TASKS: dict[str, tuple[str, ...]] = {
     "text": TEXT_TASKS,
     "photos": PHOTO_TASKS,
     "pages": PAGE_TASKS,
+    "figures": FIGURE_TASKS,
+    "gnuplot_figures": FIGURE_TASKS,
+    "web": WEB_TASKS,
+    "office_tables": OFFICE_TASKS,
 }
 
 

@@ -4,15 +4,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from .colours import COLOURS
+from .figure_questions import FIGURE_WORDS
 from .language import LANGUAGE
 from .photos import CLASS_NAMES
 from .scenes import SHAPES
+from .web import WEB_WORDS
 from .words import LABEL_SETS
 
 PAD_TOKEN, END_TOKEN = "<|endoftext|>", "</s>"
 IMAGE_TOKEN, QUERY_TOKEN = "<image>", "<learnable>"
 SPECIAL_TOKENS = (PAD_TOKEN, END_TOKEN, IMAGE_TOKEN, QUERY_TOKEN)
-DEFAULT_SIZE = 1024
+DEFAULT_SIZE = 2048
 
 
 def language_words() -> tuple[str, ...]:
@@ -20,7 +22,7 @@ def language_words() -> tuple[str, ...]:
     labels = [label for words in LABEL_SETS for label in words if label.isalpha()]
     names = [*COLOURS, *SHAPES, *CLASS_NAMES, *labels]
     plurals = [f"{name}{'es' if name.endswith('s') else 's'}" for name in (*SHAPES, *CLASS_NAMES)]
-    return tuple(dict.fromkeys([*LANGUAGE, *names, *plurals]))
+    return tuple(dict.fromkeys([*LANGUAGE, *names, *plurals, *FIGURE_WORDS, *WEB_WORDS]))
 
 
 def train_tokenizer(size: int = DEFAULT_SIZE) -> PreTrainedTokenizerFast:
