@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers.modeling_outputs import BaseModelOutput
 
 from flashsloth.data.glyphs import CHARACTERS, glyph_tensor
 from flashsloth.synthetic import render
@@ -79,13 +80,15 @@ def test_the_loss_falls_where_features_tell_the_characters():
     model, _ = build(load_recipe(DEBUG).model)
     supervision = GlyphSupervision(model)
     config = model.config
-    shape = (1, config.grid_height, config.grid_width, config.vision_config.hidden_size)
+    shape = (1, config.num_patches_per_view, config.vision_config.hidden_size)
     features = torch.zeros(shape, requires_grad=True)
+    model.model.vision_tower.forward = lambda pixel_values: BaseModelOutput(last_hidden_state=features)
+    pixels = torch.zeros(1, 1, 3, config.image_height, config.image_width)
     glyphs = glyph_tensor([[("q", 0.1, 0.1), ("7", 0.5, 0.9)]])
     optimizer = torch.optim.Adam([features], lr=0.5)
     losses = []
     for _ in range(40):
-        model.model.compressor(features)
+        model.model.encode_views(pixels)
         loss = supervision.loss(glyphs)
         optimizer.zero_grad()
         loss.backward()
@@ -93,8 +96,8 @@ def test_the_loss_falls_where_features_tell_the_characters():
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     supervision.remove()
-    model.model.compressor(features)
-    assert supervision._features_BHWE is None
+    model.model.encode_views(pixels)
+    assert supervision._features_BTE is None
 
 
 def test_a_stage_with_it_trains_the_encoder_and_saves_an_ordinary_folder(tmp_path):

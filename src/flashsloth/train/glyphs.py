@@ -36,7 +36,7 @@ def patch_labels(glyphs_BG3: Tensor, height: int, width: int) -> Tensor:
 
 
 class GlyphSupervision:
-    """Cross-entropy of the characters in each patch, read off the features that the compressor is given.
+    """Cross-entropy of the characters in each patch, read off the encoder's features.
 
     Args:
         model: a FlashSloth model, or a wrapper that holds one.
@@ -55,11 +55,12 @@ class GlyphSupervision:
         width = owner.config.vision_config.hidden_size
         generator = torch.Generator().manual_seed(SEED)
         self.directions_CE = nn.init.orthogonal_(torch.empty(SLOTS * CLASSES, width), generator=generator)
-        self._features_BHWE: Tensor | None = None
-        self._handle = owner.compressor.register_forward_pre_hook(self._keep)
+        self._grid = owner.config.grid_height, owner.config.grid_width
+        self._features_BTE: Tensor | None = None
+        self._handle = owner.vision_tower.register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._features_BHWE = args[0]
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._features_BTE = output.last_hidden_state
 
     def loss(self, glyphs_BG3: Tensor) -> Tensor:
         """Mean over the patches of the batch of the last forward pass, a float32 scalar.
@@ -67,9 +68,11 @@ class GlyphSupervision:
         Args:
             glyphs_BG3: of `data.glyphs.glyph_tensor`.
         """
-        assert self._features_BHWE is not None, "call it after the forward pass"
-        features_BHWE, self._features_BHWE = self._features_BHWE, None
-        labels_BHWS = patch_labels(glyphs_BG3, *features_BHWE.shape[1:3])
+        assert self._features_BTE is not None, "call it after the forward pass"
+        features_BTE, self._features_BTE = self._features_BTE, None
+        height, width = self._grid
+        features_BHWE = features_BTE[:, -height * width :].unflatten(1, self._grid)  # without class tokens
+        labels_BHWS = patch_labels(glyphs_BG3, height, width)
         logits_BHWC = functional.linear(features_BHWE.float(), self.directions_CE.to(features_BHWE.device))
         logits_BHWSK = logits_BHWC.unflatten(-1, (SLOTS, CLASSES))
         weights_K = torch.ones(CLASSES, device=logits_BHWC.device)
