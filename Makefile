@@ -9,7 +9,7 @@ PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help install demo test test-all lint format docs clean
+.PHONY: help install demo test test-all lint format docs pictures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -53,6 +53,9 @@ format: $(VENV)/.installed-dev  ## let ruff fix what it can
 
 docs: $(VENV)/.installed-docs  ## the documentation as a site in build/site; a dead link or a wrong docstring is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.installed-dev  ## npm packages of pictures and maps into pictures/, for training images (needs npm)
+	PYTHON=$(BIN)/python scripts/fetch_pictures.sh pictures
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,4 +12,5 @@ npm install --prefix "$folder" --ignore-scripts --no-audit --no-fund --save-exac
     @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/fluent-emoji-high-contrast@1.2.6 \
     @iconify-json/fxemoji@1.2.2 @iconify-json/twemoji@1.2.5 @mdi/svg@7.4.47 flag-icons@7.5.0 \
     @iconify-json/circle-flags@1.2.11 world-atlas@2.0.2
-"${PYTHON:-python3}" -m flashsloth.synthetic.sprites "$folder"
+"${PYTHON:-python3}" -c 'import sys; from flashsloth.synthetic.sprites import rasterise_pictures as rasterise
+print(rasterise(sys.argv[1]))' "$folder"

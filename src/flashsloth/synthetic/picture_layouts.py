@@ -87,7 +87,7 @@ def _paste(
     if subject.mirrored and rng.random() < 0.5:
         sprite = ImageOps.mirror(sprite)
     if rng.random() < 0.5:
-        sprite = sprite.rotate(rng.uniform(-subject.turned, subject.turned), Image.Resampling.BICUBIC, expand=True)
+        sprite = sprite.rotate(rng.uniform(-subject.turned, subject.turned), Image.Resampling.BILINEAR, expand=True)
         sprite.thumbnail((round(size), round(size)))
     if subject.one_colour:
         flat = Image.new("RGBA", sprite.size, ink or ink_for(rng, backdrop.colours))

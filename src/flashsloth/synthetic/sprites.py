@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -247,8 +246,3 @@ def rasterise_pictures(folder: str | os.PathLike[str]) -> dict[str, int]:
             image.save(partial, "PNG")
             os.replace(partial, target)
     return counts
-
-
-if __name__ == "__main__":
-    for style, count in rasterise_pictures(sys.argv[1]).items():
-        sys.stdout.write(f"{style}: {count}\n")
