@@ -153,7 +153,9 @@ class _View:
                 continue
             low = np.maximum(0, np.min([points.min(axis=0) for points in rings], axis=0) // SUPERSAMPLING).astype(int)
             high = (np.max([points.max(axis=0) for points in rings], axis=0) // SUPERSAMPLING).astype(int) + 1
-            rows, columns = np.nonzero(grid[low[1] : high[1] + 1, low[0] : high[0] + 1] == number)
+            own = np.pad(grid[low[1] : high[1] + 1, low[0] : high[0] + 1] == number, 1)
+            inner = own[1:-1, 1:-1] & own[:-2, 1:-1] & own[2:, 1:-1] & own[1:-1, :-2] & own[1:-1, 2:]
+            rows, columns = np.nonzero(inner if inner.any() else own[1:-1, 1:-1])  # rather no islet
             rows, columns = rows + low[1], columns + low[0]
             whole = sum(_flat_area(points) for points in rings) / SUPERSAMPLING**2
             # of the pixels of the country, the one nearest to their median lies on it

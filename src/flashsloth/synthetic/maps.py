@@ -58,7 +58,7 @@ class _Questions:
             f"which country has the letter {letter}?",
             f"what is country {letter}?",
         )
-        return phrase(rng, task, questions, answer, self.kept(f"which country is under the letter {letter}?"))
+        return phrase(rng, task, questions, answer, self.kept(f"which country do you see at the letter {letter}?"))
 
     def _what_colour(self, rng: random.Random, task: str, name: str, answer: str) -> Turn:
         questions = (f"what color is {name}?", f"which color has {name}?", f"in what color is {name}?")
@@ -106,7 +106,7 @@ class _Questions:
         truth = rng.random() < 0.5
         name = self.left[truth].pop()
         questions = (f"is {name} on the map?", f"does the map show {name}?", f"do you see {name} on the map?")
-        return phrase(rng, "map_exists", questions, yes_no(truth), self.kept(f"can you find {name} on the map?"))
+        return phrase(rng, "map_exists", questions, yes_no(truth), self.kept(f"can you see {name} on the map?"))
 
     def marked_or_not(self, rng: random.Random) -> Turn | None:
         others = [name for name in self.seen if name not in self.marked]
@@ -143,25 +143,28 @@ class _Questions:
         if rng.random() < 0.5:
             questions = ("which colored country is the largest?", "which one in color is the largest?",
                          "what is the largest country in color?")  # fmt: skip
-            return phrase(rng, "map_largest", questions, order[-1], self.kept("which colored country is the biggest?"))
+            return phrase(
+                rng, "map_largest", questions, order[-1], self.kept("which one is the largest colored country?")
+            )
         questions = ("what color has the largest colored country?", "which color is the largest country in color?",
                      "what color is the largest one in color?")  # fmt: skip
         answer = self.found.coloured[order[-1]]
-        return phrase(rng, "map_largest", questions, answer, self.kept("what color is the biggest colored country?"))
+        return phrase(rng, "map_largest", questions, answer, self.kept("which color is the largest colored country?"))
 
     def count(self, rng: random.Random) -> Turn | None:
         if self.found.named:
             return None
-        answer = str(len(self.found.letters or self.found.coloured))
         if self.found.letters:
             questions = ("how many countries have a letter?", "how many letters are there?", "count the letters.")
+            kept = self.kept("how many letters are on the map?")
         else:
             questions = (
                 "how many countries are colored?",
                 "how many countries are in color?",
-                "count colored countries.",
+                "count the colored countries.",
             )
-        return phrase(rng, "map_count", questions, answer, self.kept("what is the number of marked countries?"))
+            kept = self.kept("how many colored countries are there?")
+        return phrase(rng, "map_count", questions, str(len(self.found.letters or self.found.coloured)), kept)
 
     def absent(self, rng: random.Random) -> Turn | None:
         """A question as the others, whose answer is none; at most one an image."""
@@ -218,7 +221,7 @@ MAP_TASKS = (
     "map_count", "map_absent",
 )  # fmt: skip
 _LANGUAGE = """
-which what where how many country countries is are the a an map of on in it one color colored letter letters has have
+which what where how many at of to country countries is are the a an map of on in it one color colored letter letters has have
 there name named written part place continent shown show does do you see can count largest yes no none left right top
 bottom center read text
 """

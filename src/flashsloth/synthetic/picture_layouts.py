@@ -211,8 +211,8 @@ def page(rng: random.Random, test: bool, image_size: int, subjects: list[Subject
         size = min(width, room) * rng.uniform(0.6, 0.92)
         above = rng.random() < 0.3
         x, y = width / 2, (2.6 * text_height if above else 0) + room / 2
-        line = text_height * 1.4 if above else height - text_height * 1.4
-        draw_text(draw, (x, line), case(found.word), face, text_height, ink)
+        baseline = text_height * 1.4 if above else height - text_height * 1.4
+        draw_text(draw, (x, baseline), case(found.word), face, text_height, ink)
         found.held_out = found.held_out or found.word in HELD_OUT
     box = _paste(rng, backdrop, subjects[0], x, y, size, ink)
     found.shown = [Shown(subjects[0], x, y, *box, "")]

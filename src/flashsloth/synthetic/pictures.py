@@ -112,8 +112,8 @@ class _Questions:
 
     def name(self, rng: random.Random) -> Turn:
         if self.flags:
-            questions = ("which country is this?", "whose flag is this?", "which country has this flag?")
-            return phrase(rng, "picture_flag", questions, self.names[0], self.kept("what country is it?"))
+            whose = ("which country is this?", "whose flag is this?", "which country has this flag?")
+            return phrase(rng, "picture_flag", whose, self.names[0], self.kept("what country is it?"))
         questions = ("what is it?", "what is this?", "what is in the picture?", "what does the picture show?")
         kept = self.kept("what can you see here?", "which thing is shown?")
         return phrase(rng, "picture_name", questions, self.names[0], kept)
@@ -192,7 +192,7 @@ class _Questions:
         questions = (
             f"how many times do you see {noun}?",
             f"how many pictures show {noun}?",
-            f"count {noun}: how many?",
+            f"how many are {noun}?",
         )
         return phrase(rng, "picture_count", questions, str(number), self.kept(f"how many times is {noun} shown?"))
 
@@ -354,7 +354,7 @@ PICTURE_TASKS = (
 _LANGUAGE = """
 what which where how who is it this that do does did can you see in the at of on to a an or and there just times count
 picture pictures show shows shown flag flags whose country has place part position thing kind type none yes no number
-left right top bottom center above below word written read text say one many are
+left right top bottom center above below here word written read text say one many are
 """
 PICTURE_WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
