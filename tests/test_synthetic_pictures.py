@@ -55,7 +55,7 @@ def test_rows_are_sound() -> None:
 
 
 def test_licences_allow_training() -> None:
-    for style, (_, version, licence) in sprites.PACKAGES.items():
+    for style, (_, version, licence, _) in sprites.PACKAGES.items():
         assert version.count(".") == 2
         assert style == sprites.TEST_STYLE or licence.split(",")[0] in ("Apache-2.0", "MIT", "ISC")
 
@@ -235,6 +235,8 @@ def test_styles_show_the_same_things() -> None:
     folder = Path(FOLDER)
     unseen = {thing.name for thing in sprites.things_of(folder, sprites.TEST_STYLE)}
     seen = {thing.name for style in sprites.STYLE_WEIGHTS for thing in sprites.things_of(folder, style)}
+    for style, (_, _, _, count) in sprites.PACKAGES.items():
+        assert style == "maps" or len(list((folder / "sprites" / style).glob("*.png"))) == count
     assert unseen == seen == {thing.name for thing in sprites.vocabulary()}
     sample = pictures.render_twemoji_picture(make_generator("test", 1), True, 144, 4)
     assert sample.held_out and sample.family == "twemoji_pictures"

@@ -22,19 +22,19 @@ FILL_COMMAND = "scripts/fetch_pictures.sh FOLDER"
 SPRITE_SIZE = 224  # longer side of a sprite, transparent border cut off
 RENDER_SIZE = 256
 
-# style -> (package, version, licence); a style is drawn by one hand
-PACKAGES: dict[str, tuple[str, str, str]] = {
-    "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0"),
-    "noto-v1": ("@iconify-json/noto-v1", "1.2.5", "Apache-2.0"),
-    "fluent": ("@iconify-json/fluent-emoji", "1.2.7", "MIT"),
-    "fluent-flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
-    "fluent-line": ("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT"),
-    "fxemoji": ("@iconify-json/fxemoji", "1.2.2", "Apache-2.0"),
-    "twemoji": ("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0"),
-    "mdi": ("@mdi/svg", "7.4.47", "Apache-2.0"),
-    "flag-icons": ("flag-icons", "7.5.0", "MIT"),
-    "circle-flags": ("@iconify-json/circle-flags", "1.2.11", "MIT"),
-    "maps": ("world-atlas", "2.0.2", "ISC, of Natural Earth's public-domain data"),
+# style -> (package, version, licence, pictures taken from it); a style is drawn by one hand
+PACKAGES: dict[str, tuple[str, str, str, int]] = {
+    "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0", 596),
+    "noto-v1": ("@iconify-json/noto-v1", "1.2.5", "Apache-2.0", 494),
+    "fluent": ("@iconify-json/fluent-emoji", "1.2.7", "MIT", 596),
+    "fluent-flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", 596),
+    "fluent-line": ("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT", 596),
+    "fxemoji": ("@iconify-json/fxemoji", "1.2.2", "Apache-2.0", 265),
+    "twemoji": ("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", 681),
+    "mdi": ("@mdi/svg", "7.4.47", "Apache-2.0", 353),
+    "flag-icons": ("flag-icons", "7.5.0", "MIT", 85),
+    "circle-flags": ("@iconify-json/circle-flags", "1.2.11", "MIT", 85),
+    "maps": ("world-atlas", "2.0.2", "ISC, of Natural Earth's public-domain data", 230),
 }
 TEST_STYLE = "twemoji"
 # how often a training style is drawn; the first four have colours
