@@ -11,7 +11,7 @@ from .sample import Sample, Turn, TurnMaker, choose_turns, phrase, yes_no
 from .sprites import countries, pictures_folder
 
 NONE = "none"
-ABSENT_SHARE = 0.45  # of images, those with one question whose answer is none
+ABSENT_SHARE = 0.65  # of images, those with one question whose answer is none
 CLEARLY_LARGER = 1.6  # times the area, for countries whose size is compared
 LETTERS = "abcdefghk"
 
@@ -221,9 +221,9 @@ MAP_TASKS = (
     "map_count", "map_absent",
 )  # fmt: skip
 _LANGUAGE = """
-which what where how many at of to country countries is are the a an map on in it one color colored letter letters has
-have there name named written part place continent shown show does do you see can count largest yes no none left right top
-bottom center read text
+which what where how many at of to country countries is are the a an map on in it one color colored letter letters
+has have there name named written part place continent shown show does do you see can count largest yes no none left right
+top bottom center read text
 """
 MAP_WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
