@@ -222,8 +222,8 @@ MAP_TASKS = (
 )  # fmt: skip
 _LANGUAGE = """
 which what where how many at of to country countries is are the a an map on in it one color colored letter letters
-has have there name named written part place continent shown show does do you see can count largest yes no none left right
-top bottom center read text
+has have there name named written part place continent shown show does do you see can count largest yes no none left
+right top bottom center read text
 """
 MAP_WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
