@@ -5,7 +5,8 @@ import pickle
 import pytest
 
 from flashsloth.synthetic import SyntheticDataset, render
-from flashsloth.synthetic.drawn import SAMPLES_OF_A_FILE, draw, drawn_families
+from flashsloth.synthetic.drawing import draw
+from flashsloth.synthetic.drawn import SAMPLES_OF_A_FILE, drawn_families
 from flashsloth.synthetic.sample import make_generator
 
 OPTIONS = {"image_size": 64, "turns": 8}

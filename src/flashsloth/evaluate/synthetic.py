@@ -18,6 +18,7 @@ from ..model.compressors import COMPRESSORS
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from ..synthetic import Photographs, SyntheticDataset, exact_match
+from ..synthetic.dataset import DEFAULT_FAMILIES, TEST_ONLY_FAMILIES
 
 ALL = "all"
 
@@ -187,7 +188,15 @@ def evaluate(
     settings = {"split": split, "count": count, "seed": seed, "turns": turns, "families": list(families or [ALL])}
     settings |= {"visual_tokens": visual_tokens or model.config.num_image_tokens, "absent_share": absent_share}
     report = Report(settings)
-    majority = majority_answers(SyntheticDataset("train", majority_images, seed, **options))
+    weights = options.pop("weights") or dict.fromkeys(DEFAULT_FAMILIES, 1.0)
+    kept = {family: weight for family, weight in weights.items() if family in TEST_ONLY_FAMILIES}
+    majority: dict[str, str] = {}
+    # families that training never sees are counted on images of their own
+    for own, counted, first in (({**weights}.keys() - kept.keys(), "train", seed), (kept.keys(), "test", seed + 1)):
+        if own:
+            shares = {family: weight for family, weight in weights.items() if family in own}
+            majority |= majority_answers(SyntheticDataset(counted, majority_images, first, shares, **options))
+    options["weights"] = weights
     dataset = SyntheticDataset(split, count, seed, **options)
     model.eval()
     pending: list[tuple[Any, Any, bool, Any]] = []

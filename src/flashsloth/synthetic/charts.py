@@ -257,8 +257,10 @@ class _Questions:
     def absent(self) -> list[tuple[str, ...]]:
         """Questions, in all their wordings, about a title that is missing and about labels that are not there."""
         others = [label for labels in LABEL_SETS for label in labels if label not in self.chart.labels]
-        questions = [(f"what is the value of {label}?", f"how much is {label}?") for label in others]
-        titles = [("what is the title?", "what is the chart about?")] * (len(others) // 4)
+        questions: list[tuple[str, ...]] = [
+            (f"what is the value of {label}?", f"how much is {label}?") for label in others
+        ]
+        titles: list[tuple[str, ...]] = [("what is the title?", "what is the chart about?")] * (len(others) // 4)
         return questions if self.chart.title else [*titles, *questions]
 
     def value(self, rng: random.Random) -> Turn | None:

@@ -10,8 +10,10 @@ from .drawn import drawn_families
 from .figure_questions import FIGURE_TASKS
 from .figures import render_figure
 from .gnuplot_figures import render_gnuplot_figure
+from .maps import MAP_TASKS, render_map
 from .office import OFFICE_TASKS, render_office
 from .photos import PHOTO_TASKS, Photographs, render_photo
+from .pictures import PICTURE_TASKS, render_picture, render_twemoji_picture
 from .sample import REFERENCE_SIZE, Sample, make_generator, split_id
 from .scenes import SCENE_TASKS, render_scene
 from .texts import PAGE_TASKS, TEXT_TASKS, render_page, render_text
@@ -27,13 +29,16 @@ FAMILIES: dict[str, Callable[..., Sample]] = {
     "gnuplot_figures": render_gnuplot_figure,
     "web": render_web,
     "office_tables": render_office,
+    "pictures": render_picture,
+    "twemoji_pictures": render_twemoji_picture,
+    "maps": render_map,
 }
 FAMILY_IDS = {
     "scenes": 0, "charts": 1, "text": 2, "photos": 3, "pages": 4, "figures": 5, "gnuplot_figures": 6, "web": 7,
-    "office_tables": 8,
+    "office_tables": 8, "pictures": 9, "twemoji_pictures": 10, "maps": 11,
 }  # fmt: skip
-# drawn by programs that a model never sees in training
-TEST_ONLY_FAMILIES = frozenset({"gnuplot_figures", "office_tables"})
+# drawn by programs, or in a style, that a model never sees in training
+TEST_ONLY_FAMILIES = frozenset({"gnuplot_figures", "office_tables", "twemoji_pictures"})
 # what a model is asked for and scored on; pages serve to practise reading
 DEFAULT_FAMILIES = ("scenes", "charts", "text", "photos")
 SPARE_TURNS = 3  # questions drawn for one that is asked, where some tasks are asked less
@@ -47,6 +52,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "gnuplot_figures": FIGURE_TASKS,
     "web": WEB_TASKS,
     "office_tables": OFFICE_TASKS,
+    "pictures": PICTURE_TASKS,
+    "twemoji_pictures": PICTURE_TASKS,
+    "maps": MAP_TASKS,
 }
 
 

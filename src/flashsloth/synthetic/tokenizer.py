@@ -1,31 +1,51 @@
 """A small byte-level tokenizer: the language of questions in whole words, everything that is read letter by letter."""
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .colours import COLOURS
 from .figure_questions import FIGURE_WORDS
 from .language import LANGUAGE
+from .maps import MAP_WORDS
 from .photos import CLASS_NAMES
+from .pictures import PICTURE_WORDS
 from .scenes import SHAPES
 from .web import WEB_WORDS
-from .words import LABEL_SETS
+from .words import HELD_OUT, LABEL_SETS, TRAIN_ITEMS, TRAIN_TITLES, TRAIN_WORDS
 
 PAD_TOKEN, END_TOKEN = "<|endoftext|>", "</s>"
 IMAGE_TOKEN, QUERY_TOKEN = "<image>", "<learnable>"
 SPECIAL_TOKENS = (PAD_TOKEN, END_TOKEN, IMAGE_TOKEN, QUERY_TOKEN)
-DEFAULT_SIZE = 2048
+DEFAULT_SIZE = 1024
 
 
-def language_words() -> tuple[str, ...]:
-    """Every word of questions, captions and closed answers, in a fixed order."""
+# words of the families that other programs draw, beside those of the project's own
+FAMILY_WORDS = {
+    "figures": FIGURE_WORDS,
+    "web": WEB_WORDS,
+    "pictures": PICTURE_WORDS,
+    "maps": MAP_WORDS,
+}
+
+
+def language_words(families: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every word of questions, captions and closed answers, in a fixed order.
+
+    Args:
+        families: keys of FAMILY_WORDS whose words are added, but for those that images show to be read: these are
+            spelled, wherever they stand.
+    """
     labels = [label for words in LABEL_SETS for label in words if label.isalpha()]
     names = [*COLOURS, *SHAPES, *CLASS_NAMES, *labels]
     plurals = [f"{name}{'es' if name.endswith('s') else 's'}" for name in (*SHAPES, *CLASS_NAMES)]
-    return tuple(dict.fromkeys([*LANGUAGE, *names, *plurals, *FIGURE_WORDS, *WEB_WORDS]))
+    read = {*TRAIN_WORDS, *TRAIN_TITLES, *TRAIN_ITEMS, *HELD_OUT}
+    added = [word for family in families for word in FAMILY_WORDS[family] if word not in read]
+    return tuple(dict.fromkeys([*LANGUAGE, *names, *plurals, *added]))
 
 
-def train_tokenizer(size: int = DEFAULT_SIZE) -> PreTrainedTokenizerFast:
+def train_tokenizer(size: int = DEFAULT_SIZE, families: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Builds the tokenizer; the same on every machine.
 
     The vocabulary holds the special tokens, the 256 bytes, and the words of the question language with and without a
@@ -34,13 +54,14 @@ def train_tokenizer(size: int = DEFAULT_SIZE) -> PreTrainedTokenizerFast:
 
     Args:
         size: the largest vocabulary allowed.
+        families: as in `language_words`.
 
     Raises:
         ValueError: if the language does not fit.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    for word in language_words():
+    for word in language_words(families):
         for text in (f" {word}", word):
             pieces = [piece for piece, _ in byte_level.pre_tokenize_str(text)]
             assert len(pieces) == 1, f"{text!r} is not one word"

@@ -190,7 +190,7 @@ def _tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
         from ..synthetic.tokenizer import train_tokenizer
 
         assert recipe.tokenizer.vocabulary_size is not None, "the recipe has checked it"
-        return train_tokenizer(recipe.tokenizer.vocabulary_size)
+        return train_tokenizer(recipe.tokenizer.vocabulary_size, recipe.tokenizer.families)
     assert recipe.tokenizer is not None or isinstance(recipe.language, str), "the recipe has checked it"
     settings = recipe.tokenizer or TokenizerRecipe(source=str(recipe.language))
     source = PACKAGED_MODELS.get(settings.source, settings.source)

@@ -26,6 +26,9 @@ class TokenizerRecipe:
     """`synthetic` trains a byte-level BPE on the text of the synthetic images; else a folder or hub name."""
     vocabulary_size: Positive | None = None
     """Vocabulary of the tokenizer trained by `synthetic`."""
+    families: list[Literal["figures", "web", "pictures", "maps"]] = Field(default_factory=list)
+    """Families of images whose words the tokenizer trained by `synthetic` holds whole, beside those of the project's
+    own scenes, charts, texts and photographs."""
     eos_token: str | None = None
     """Token that ends an answer, added to the vocabulary where it is new; the tokenizer's own when absent."""
     pad_token: str | None = None
@@ -37,6 +40,8 @@ class TokenizerRecipe:
                 f"tokenizer.source={self.source!r} contradicts tokenizer.vocabulary_size={self.vocabulary_size}: "
                 "a size is needed for, and only for, source: synthetic"
             )
+        if self.source != "synthetic" and self.families:
+            raise ValueError("tokenizer.families is only for source: synthetic; remove it")
         for name in ("eos_token", "pad_token"):
             if self.source == "synthetic" and getattr(self, name) is not None:
                 raise ValueError(f"tokenizer.{name} contradicts tokenizer.source: synthetic, which has its own")

@@ -174,7 +174,7 @@ def draw(
     from rich.console import Console
     from rich.progress import Progress
 
-    from flashsloth.synthetic.drawn import draw as draw_family
+    from flashsloth.synthetic.drawing import draw as draw_family
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
