@@ -60,7 +60,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that can no longer change, with the log-probabilities of the tokens behind it where these were asked for."""
+    """Text that can no longer change, and the log-probabilities of its tokens where these were asked for."""
 
     text: str
     logprobs: Sequence[tuple[TokenLogprob, Sequence[TokenLogprob]]] = ()
