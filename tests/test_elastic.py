@@ -192,6 +192,7 @@ def test_windows_the_weights_were_not_trained_for_work_with_a_warning(tmp_path, 
 def test_compressors_of_one_window(compressor):
     with pytest.raises(ValueError, match="compressor_windows"):
         tiny_config(compressor="pixel_unshuffle", **ELASTIC)
+    assert list(tiny_config(compressor="none", **ELASTIC).visual_token_choices) == [36]
     config = tiny_config(compressor=compressor, compressor_window=2)
     assert config.window_of(config.num_image_tokens) == config.effective_window
     with pytest.raises(ValueError, match=f"can be {config.num_image_tokens} visual tokens"):

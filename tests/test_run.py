@@ -146,7 +146,9 @@ def test_an_error_in_one_of_several_batches_stops_the_run(asked, tmp_path, monke
     threads, settings = torch.get_num_threads(), RunSettings(device="cpu", batch_size=2, workers=0, streams=2)
     with pytest.raises(RuntimeError, match="no memory left"):
         run_records(read_records(str(asked)), tmp_path / "out.jsonl", settings)
-    assert "q3" not in lines(tmp_path / "out.jsonl") and torch.get_num_threads() == threads
+    output = tmp_path / "out.jsonl"  # not there where the batch that fails was the first to end
+    assert not output.exists() or "q3" not in lines(output)
+    assert torch.get_num_threads() == threads
     monkeypatch.undo()
     run_records(read_records(str(asked)), tmp_path / "out.jsonl", settings)
     assert len(lines(tmp_path / "out.jsonl")) == 18

@@ -220,7 +220,8 @@ class FlashSlothConfig(PreTrainedConfig):
             )
         if len({self.tokens_of_window(window) for window in windows}) < len(windows):
             raise ValueError(f"compressor_windows is {windows!r:.80}; two of them make the same number of tokens.")
-        if len(windows) > 1 and not COMPRESSORS[self.compressor].any_window:
+        compressor = COMPRESSORS[self.compressor]
+        if len(windows) > 1 and compressor.uses_window and not compressor.any_window:
             raise ValueError(
                 f"compressor_windows is {windows!r:.80}, but the weights of {self.compressor} fit one window only."
             )
