@@ -20,6 +20,7 @@ from flashsloth.bench.arithmetic import (
 )
 from flashsloth.bench.token_rules import VisualInput
 from flashsloth.model.backbones import CACHE_ARGUMENT, decoder_layers
+from flashsloth.model.compressors import COMPRESSORS
 from flashsloth.model.configuration_flashsloth import FlashSlothConfig
 from flashsloth.model.embedded_query import EmbeddedQueryInputs
 from flashsloth.model.modeling_flashsloth import FlashSlothForConditionalGeneration
@@ -200,7 +201,7 @@ def test_minicpm_v_4_6_vision() -> None:
     assert_vision(anatomy.minicpm_v_4_6(model), image, model, call)
 
 
-@pytest.mark.parametrize("compressor", ["spatial_attention", "average", "pixel_unshuffle", "none"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_flashsloth_vision_and_queries(compressor: str) -> None:
     config = FlashSlothConfig(
         vision_config=tower("siglip_vision_model", image_size=24).to_dict(), text_config=text("phi").to_dict(),

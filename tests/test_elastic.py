@@ -11,6 +11,7 @@ from flashsloth.data.collator import Collator
 from flashsloth.data.schema import Sample
 from flashsloth.inference import load
 from flashsloth.inference.batches import Record, answer, prepare
+from flashsloth.model.compressors import COMPRESSORS
 from tiny_models import tiny_config
 from tiny_session import TEMPLATE, character_tokenizer, noise_image, tiny_folder
 
@@ -63,7 +64,7 @@ def test_the_choices_are_listed(model, processor):
     assert model.config.num_image_tokens == 9
 
 
-@pytest.mark.parametrize("compressor", ["spatial_attention", "average"])
+@pytest.mark.parametrize("compressor", ["spatial_attention", "average", "random"])
 @pytest.mark.parametrize(("window", "count"), [(1, 36), (2, 9), (3, 4), (6, 1)])
 def test_a_choice_equals_a_model_with_that_window_alone(compressor, window, count):
     torch.manual_seed(0)
@@ -279,3 +280,14 @@ def test_a_saved_configuration_keeps_its_windows(folder):
 def test_a_processor_of_one_window_has_no_choice():
     processor = FlashSlothProcessor.from_config(tiny_config(), character_tokenizer(), chat_template=TEMPLATE)
     assert processor.visual_token_choices is None
+
+
+def test_a_random_choice_is_made_of_real_patches_and_stays_the_same_outside_training():
+    compressor = COMPRESSORS["random"](3, 4, 0.0).eval()
+    grid_NHWE = torch.arange(2 * 6 * 6 * 3, dtype=torch.float32).view(2, 6, 6, 3) + 1
+    chosen = compressor(grid_NHWE)
+    assert torch.equal(chosen, compressor(grid_NHWE)) and torch.equal(chosen[1:], compressor(grid_NHWE[1:]))
+    patches = {tuple(patch) for patch in grid_NHWE.flatten(0, 2).tolist()}
+    assert {tuple(token) for token in chosen.flatten(0, 1).tolist()} <= patches  # padding is zero
+    compressor.train()
+    assert len({tuple(compressor(grid_NHWE).flatten().tolist()) for _ in range(20)}) > 10

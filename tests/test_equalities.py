@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.model.backbones import CACHE_ARGUMENT
+from flashsloth.model.compressors import COMPRESSORS
 from tiny_models import DECODERS, ENCODERS, build_rows, tiny_config, tiny_model
 
 ROWS = [[(1, 5, 2), (0, 3, 1)], [(0, 4, 0)], [(2, 2, 3)], [(1, 3, 1), (1, 4, 2), (0, 2, 0)]]
@@ -230,7 +231,7 @@ def test_copy_has_its_own_embedded_query():
 
 
 @pytest.mark.parametrize("window, padding", [(3, "refuse"), (2, "refuse"), (4, "pad")])
-@pytest.mark.parametrize("compressor", ["spatial_attention", "average", "pixel_unshuffle", "none"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 @torch.no_grad()
 def test_every_compressor_generates_with_every_window(compressor, window, padding):
     model = tiny_model("qwen3", compressor=compressor, compressor_window=window, compressor_padding=padding)

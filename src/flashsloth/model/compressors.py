@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+CHOICE_SEED = 0  # of the patches that a random choice takes outside training
+
 
 @dataclass
 class ImageFeatures(BaseModelOutputWithPooling):
@@ -123,6 +125,31 @@ class AveragePooling(nn.Module):
         return torch.einsum("mk,nmke->nme", weights_MK.to(windows_NMKE.dtype), windows_NMKE)
 
 
+class RandomChoice(nn.Module):
+    """One patch of each window, drawn anew at every training step; outside training always the same ones."""
+
+    uses_window: ClassVar[bool] = True
+    any_window: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.window = window
+        self.out_features = hidden_size
+
+    def forward(self, features_NHWE: Tensor, window: int | None = None) -> Tensor:
+        windows_NMKE, keep_MK = split_windows(features_NHWE, window or self.window)
+        images, windows, patches, _ = windows_NMKE.shape
+        if self.training:
+            scores_NMK = torch.rand(images, windows, patches, device=windows_NMKE.device)
+        else:
+            generator = torch.Generator().manual_seed(CHOICE_SEED)
+            scores_NMK = torch.rand(1, windows, patches, generator=generator).to(windows_NMKE.device)
+        if keep_MK is not None:
+            scores_NMK = scores_NMK.masked_fill(~keep_MK, -1.0)
+        chosen_NM11 = scores_NMK.argmax(-1)[..., None, None].expand(images, -1, -1, windows_NMKE.shape[-1])
+        return windows_NMKE.gather(2, chosen_NM11).squeeze(2)
+
+
 class PixelUnshuffle(nn.Module):
     """Concatenate the channels of each window; padding counts as zeros."""
 
@@ -155,6 +182,7 @@ class NoCompression(nn.Module):
 COMPRESSORS: dict[str, type[nn.Module]] = {
     "spatial_attention": SpatialAttentionPooling,
     "average": AveragePooling,
+    "random": RandomChoice,
     "pixel_unshuffle": PixelUnshuffle,
     "none": NoCompression,
 }
