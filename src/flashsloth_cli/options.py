@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +56,64 @@ Compile = Annotated[
         "but for rounding.",
     ),
 ]
+
+Schema = Annotated[
+    Path | None,
+    typer.Option(
+        "--schema",
+        metavar="FILE",
+        help="JSON file with a JSON schema that the answer must satisfy.",
+        show_default=False,
+    ),
+]
+Choices = Annotated[
+    str | None,
+    typer.Option(
+        "--choices", metavar="A,B", help='The answer is one of these; "a, b" in quotes is one.', show_default=False
+    ),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option("--regex", metavar="REGEX", help="Regular expression of the whole answer.", show_default=False),
+]
+Confidence = Annotated[
+    bool, typer.Option("--confidence", help="Say how probable the answer is, of --choices among these.")
+]
+
+
+def read_form(schema: Path | None, choices: str | None, regex: str | None, confidence: bool) -> dict[str, Any]:
+    """Arguments of `ask` and `RunSettings` for the form of answers.
+
+    Raises:
+        ValueError: two forms at once, a file that is no JSON, a form that cannot be used.
+        OSError: no such file.
+    """
+    given = [
+        f"--{name}"
+        for name, value in (("schema", schema), ("choices", choices), ("regex", regex))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: an answer has one form")
+    form: dict[str, Any] = {"schema": None, "choices": None, "regex": regex, "confidence": confidence}
+    if schema is not None:
+        try:
+            form["schema"] = json.loads(schema.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{schema} is no JSON: {error}") from error
+        if not isinstance(form["schema"], dict):
+            raise ValueError(f'{schema} holds no JSON schema, which is an object such as {{"type": "object"}}')
+    if choices is not None:
+        try:
+            form["choices"] = [
+                word.strip() for word in next(csv.reader([choices], skipinitialspace=True, strict=True), [])
+            ]
+        except csv.Error as error:
+            raise ValueError(f"--choices {choices!r:.200} cannot be read: {error}") from error
+    from flashsloth.inference import AnswerForm
+
+    AnswerForm(**form)  # refused before a model is loaded
+    return form
 
 
 def load_session(
@@ -128,5 +188,7 @@ def print_cost(answer: Answer) -> None:
     parts = [f"{answer.visual_tokens} visual tokens instead of {answer.uncompressed_tokens}"]
     if answer.reused_tokens:
         parts.append(f"{answer.reused_tokens} of {answer.prompt_tokens} prompt tokens re-used")
+    if answer.confidence is not None:
+        parts.append(f"confidence {answer.confidence:.3f}")
     parts += [f"{stage} {milliseconds(getattr(answer.timings, stage))}" for stage in STAGES]
     Console(stderr=True, soft_wrap=True).print(" · ".join(parts), style="dim", highlight=False)

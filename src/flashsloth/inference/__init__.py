@@ -7,16 +7,19 @@ answer = model.ask("photo.jpg", "What is in the picture?")
 from ..checkpoints.loading import DTYPES, load_model, select_device
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
 from .session import DEFAULT_MODEL, FlashSloth, load
+from .structured import AnswerForm, compile_form
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
     "DEFAULT_MODEL",
     "DTYPES",
     "Answer",
+    "AnswerForm",
     "AnswerStream",
     "Conversation",
     "FlashSloth",
     "Timings",
+    "compile_form",
     "load",
     "load_model",
     "select_device",

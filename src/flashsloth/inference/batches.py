@@ -14,7 +14,9 @@ from transformers import BatchFeature
 from ..model.compressors import select_images
 from ..model.image_decoding import shorten
 from ..model.processing_flashsloth import FlashSlothProcessor
+from .guide import Guide
 from .runtime import Runtime
+from .structured import FREE, AnswerForm
 
 logger = logging.getLogger(__name__)
 
@@ -161,19 +163,22 @@ def _prompts(records: Sequence[Record], processor: FlashSlothProcessor, visual_t
 
 
 @torch.inference_mode()
-def answer(session: Runtime, batch: PreparedBatch, max_new_tokens: int) -> list[dict[str, Any]]:
-    """One line of output a record, errors included; greedy.
+def answer(
+    session: Runtime, batch: PreparedBatch, max_new_tokens: int, form: AnswerForm = FREE
+) -> list[dict[str, Any]]:
+    """One line of output a record, errors included; greedy. An answer that is cut before its form is complete is one.
 
     A batch that does not fit the accelerator's memory is halved, with a warning, until it does.
 
     Raises:
         torch.OutOfMemoryError: a single record does not fit.
+        ValueError: a form that cannot be used, or not with this model.
     """
     lines: list[dict[str, Any]] = [{"id": record.id, "error": message} for record, message in batch.errors]
     if batch.inputs is None:
         return lines
     try:
-        return lines + _answer_rows(session, batch, slice(None), max_new_tokens)
+        return lines + _answer_rows(session, batch, slice(None), max_new_tokens, form)
     except torch.OutOfMemoryError:
         rows = len(batch.records)
         if rows == 1:
@@ -181,13 +186,16 @@ def answer(session: Runtime, batch: PreparedBatch, max_new_tokens: int) -> list[
         torch.accelerator.empty_cache()
         logger.warning("a batch of %d does not fit the memory; asking it row by row (lower --batch-size)", rows)
     for row in range(rows):
-        lines += _answer_rows(session, batch, slice(row, row + 1), max_new_tokens)
+        lines += _answer_rows(session, batch, slice(row, row + 1), max_new_tokens, form)
     return lines
 
 
-def _answer_rows(session: Runtime, batch: PreparedBatch, rows: slice, max_new_tokens: int) -> list[dict[str, Any]]:
+def _answer_rows(
+    session: Runtime, batch: PreparedBatch, rows: slice, max_new_tokens: int, form: AnswerForm
+) -> list[dict[str, Any]]:
     assert batch.inputs is not None
-    model, tokenizer = session.model, session.processor.tokenizer
+    model, features = session.model, None
+    guide = Guide(session, form, model.generation_config, {})
     records = batch.records[rows]
     inputs = {name: value[rows].to(session.device) for name, value in batch.inputs.items()}
     first = sum(len(record.images) for record in batch.records[: rows.start or 0])
@@ -201,12 +209,27 @@ def _answer_rows(session: Runtime, batch: PreparedBatch, rows: slice, max_new_to
         else:
             counts = batch.token_counts[first : first + len(index)]
             features = model.model.compress_images(features_IPE[order], counts)
-        inputs["image_features"] = features
     prompt_tokens = inputs["input_ids"].shape[1]
     compiled = session.compile_options(prompt_tokens + max_new_tokens)
-    ids = session.generate(**inputs, **compiled, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = tokenizer.batch_decode(ids[:, prompt_tokens:], skip_special_tokens=True)
-    return [
-        {"id": record.id, "question": record.question, "answer": text.strip()}
-        for record, text in zip(records, texts, strict=True)
-    ]
+    ids = session.generate(
+        **inputs,
+        **compiled,
+        image_features=features,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=guide.logits_processors(),
+        stopping_criteria=guide.stopping_criteria(),
+    )
+    answers = ids[:, prompt_tokens:]
+    texts = guide.texts(answers)
+    confidences = guide.confidences(answers, texts, inputs, features)
+    lines: list[dict[str, Any]] = []
+    for record, text, problem, probability in zip(
+        records, texts, guide.problems(len(texts)), confidences, strict=True
+    ):
+        if problem is not None:
+            lines.append({"id": record.id, "error": problem})
+            continue
+        line = {"id": record.id, "question": record.question, "answer": text}
+        lines.append(line if probability is None else {**line, "confidence": probability})
+    return lines

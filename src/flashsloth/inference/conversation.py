@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,14 +25,15 @@ from transformers import (
     DynamicCache,
     StaticCache,
     StoppingCriteria,
-    StoppingCriteriaList,
     TextStreamer,
 )
 
 from ..kernels.compilation import enlarge, keep_first, room_for, static_cache
 from ..model.backbones import CACHE_ARGUMENT
 from ..model.compressors import ImageFeatures
+from .guide import Guide
 from .runtime import Runtime
+from .structured import FORM_FIELDS, AnswerForm
 
 DEFAULT_MAX_NEW_TOKENS = 128
 # the first comes with the prompt, the second compiles, CUDA graphs are recorded with those after it
@@ -77,6 +78,7 @@ class Answer:
         reused_tokens: prompt tokens whose keys and values were still in the cache.
         new_tokens: generated tokens, end of sequence included.
         timings: prefill ends with the first new token, decode is the time of the others.
+        confidence: the probability of the answer (`Guide.confidences`) where it was asked for.
     """
 
     text: str
@@ -87,6 +89,7 @@ class Answer:
     new_tokens: int
     timings: Timings
     others: tuple[str, ...] = ()
+    confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -230,11 +233,16 @@ class Conversation:
         *,
         max_new_tokens: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        confidence: bool = False,
         **generation: Any,
     ) -> Answer:
         """Ask the next question; arguments and errors as in `FlashSloth.ask`."""
+        form = AnswerForm(schema, choices, regex, confidence)
         with self._queue.turn():
-            return self._ask(question, max_new_tokens, on_text, generation, _Clock(self.session.synchronize))
+            return self._ask(question, max_new_tokens, on_text, form, generation, _Clock(self.session.synchronize))
 
     def warm_up(self, max_new_tokens: int | None = None) -> None:
         """Ask for a few tokens and forget them; see `FlashSloth.warm_up`."""
@@ -242,7 +250,7 @@ class Conversation:
         clock = _Clock(self.session.synchronize, most_tokens=WARM_UP_TOKENS)
         with self._queue.turn():
             messages = self.messages
-            self._ask("?", max_new_tokens, None, least, clock)
+            self._ask("?", max_new_tokens, None, AnswerForm(), least, clock)
             self.messages = messages
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
@@ -255,13 +263,14 @@ class Conversation:
         question: str,
         max_new_tokens: int | None,
         on_text: Callable[[str], None] | None,
+        form: AnswerForm,
         generation: dict[str, Any],
         clock: _Clock,
     ) -> Answer:
         if not question.strip():
             raise ValueError("the question is empty")
         session, config = self.session, self.session.config
-        generation, criteria = _own_arguments(generation)
+        generation, criteria, processors = _own_arguments(generation)
         self._encode()
         started = time.perf_counter()
         messages = [*self.messages, self._user_message(question)]
@@ -276,6 +285,7 @@ class Conversation:
         # without one, `generate` compares the configuration with a new default one, as costly as some tokens of nano
         generation_config = copy.deepcopy(generation.pop("generation_config", session.model.generation_config))
         generation = generation_config.update(max_new_tokens=limit, return_dict_in_generate=True, **generation)
+        guide = Guide(session, form, generation_config, generation)
         rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache, reused = self._take_cache(inputs["input_ids"][0].tolist(), prompt_tokens + limit, rows)
         streamer = None if on_text is None else _CallbackStreamer(session.processor.tokenizer, on_text)
@@ -285,7 +295,8 @@ class Conversation:
             **inputs,
             image_features=self._features,
             generation_config=generation_config,
-            stopping_criteria=StoppingCriteriaList([*criteria, clock]),
+            logits_processor=guide.logits_processors(processors),
+            stopping_criteria=guide.stopping_criteria([*criteria, clock]),
             streamer=streamer,
             **{CACHE_ARGUMENT: cache},
             **generation,
@@ -295,9 +306,11 @@ class Conversation:
         first_token = finished if clock.first_token is None else clock.first_token
         timings = replace(timings, prefill=first_token - started, decode=finished - first_token)
 
-        tokenizer = session.processor.tokenizer
-        texts = tokenizer.batch_decode(output.sequences[:, prompt_tokens:], skip_special_tokens=True)
-        text, *others = map(str.strip, texts)
+        answers_BT = output.sequences[:, prompt_tokens:]
+        if not clock.stopped.is_set() and (problem := next(filter(None, guide.problems(rows)), None)):
+            raise ValueError(problem)
+        text, *others = texts = guide.texts(answers_BT)
+        confidence, *_ = guide.confidences(answers_BT, texts, dict(inputs), self._features)
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         beams = (generation_config.num_beams or 1) > 1
         self._cache = _first_row(output.get(CACHE_ARGUMENT), rows, prompt_tokens if beams else None)
@@ -312,9 +325,10 @@ class Conversation:
             uncompressed_tokens=len(self.images) * config.num_views * config.num_patches_per_view,
             prompt_tokens=prompt_tokens,
             reused_tokens=reused,
-            new_tokens=_length(output.sequences[0, prompt_tokens:], generation_config.eos_token_id),
+            new_tokens=guide.lengths(answers_BT)[0],
             timings=timings,
             others=tuple(others),
+            confidence=confidence,
         )
 
     def _user_message(self, question: str) -> dict[str, Any]:
@@ -407,8 +421,8 @@ def _first_marked(question_ids_BT: Tensor | None) -> int | None:
     return marked[0] if marked else None
 
 
-def _own_arguments(generation: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Arguments of `generate` that a turn leaves to the caller, and the caller's stopping criteria.
+def _own_arguments(generation: dict[str, Any]) -> tuple[dict[str, Any], list[Any], list[Any]]:
+    """Arguments of `generate` that a turn leaves to the caller, and the caller's criteria and logits processors.
 
     Raises:
         ValueError: an argument that the conversation gives itself.
@@ -418,8 +432,7 @@ def _own_arguments(generation: dict[str, Any]) -> tuple[dict[str, Any], list[Any
             f"{', '.join(taken)} cannot be given here: a conversation sets it; use model.generate instead"
         )
     others = dict(generation)
-    criteria = others.pop("stopping_criteria", None)
-    return others, criteria or []
+    return others, others.pop("stopping_criteria", None) or [], others.pop("logits_processor", None) or []
 
 
 def _first_row(cache: Cache | None, rows: int, shared_tokens: int | None) -> Cache | None:
@@ -437,18 +450,13 @@ def _first_row(cache: Cache | None, rows: int, shared_tokens: int | None) -> Cac
     return cache
 
 
-def _length(ids_T: Tensor, end_of_sequence: int | Sequence[int] | None) -> int:
-    """Tokens up to the end of the sequence, which is one of them; shorter rows of several are padded behind it."""
-    ends = torch.isin(ids_T, torch.as_tensor([] if end_of_sequence is None else end_of_sequence).to(ids_T))
-    return int(ends.nonzero()[0]) + 1 if ends.any() else len(ids_T)
-
-
 class AnswerStream:
     """Iterator over pieces of text; `answer` holds the whole answer at its end. Read again, it gives them again."""
 
     def __init__(
         self, conversation: Conversation, question: str, *, max_new_tokens: int | None = None, **generation: Any
     ) -> None:
+        form = AnswerForm(**{name: generation.pop(name) for name in FORM_FIELDS & generation.keys()})
         self.answer: Answer | None = None
         self._error: BaseException | None = None
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -461,7 +469,7 @@ class AnswerStream:
             try:
                 with conversation._queue.turn(place):
                     self.answer = conversation._ask(
-                        question, max_new_tokens, self._pieces.put, generation, self._clock
+                        question, max_new_tokens, self._pieces.put, form, generation, self._clock
                     )
             except BaseException as error:  # handed to the thread that reads
                 self._error = error

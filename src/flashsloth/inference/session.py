@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,10 @@ class FlashSloth(Runtime):
         system: str | None = None,
         visual_tokens: int | Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
+        schema: Mapping[str, Any] | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        confidence: bool = False,
         **generation: Any,
     ) -> Answer:
         """Answer one question about one or several images.
@@ -114,14 +118,19 @@ class FlashSloth(Runtime):
             visual_tokens: tokens of every image, or one number for each, of `config.visual_token_choices`: fewer are
                 quicker, more show more. Default the model's own.
             on_text: called with each piece of text as it is generated.
+            schema, choices, regex: form of the answer, one of them at most; see `AnswerForm`.
+            confidence: note the probability of the answer, as `Guide.confidences` has it.
             generation: further arguments of `generate`.
 
         Raises:
             ValueError, OSError: a bad image, an empty question, a number of visual tokens that the model cannot make,
-                or a prompt longer than the context.
+                or a prompt longer than the context; a form that cannot be used, or an answer that max_new_tokens cut
+                before its form was complete.
+            ImportError: a form without llguidance.
         """
+        form: dict[str, Any] = {"schema": schema, "choices": choices, "regex": regex, "confidence": confidence}
         return Conversation(self, images, system=system, visual_tokens=visual_tokens).ask(
-            question, max_new_tokens=max_new_tokens, on_text=on_text, **generation
+            question, max_new_tokens=max_new_tokens, on_text=on_text, **form, **generation
         )
 
     def stream(self, images: Any, question: str, **options: Any) -> AnswerStream:

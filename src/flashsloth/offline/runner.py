@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..checkpoints.fingerprint import fingerprint
-from ..inference import DEFAULT_MAX_NEW_TOKENS, FlashSloth, load, select_device
+from ..inference import DEFAULT_MAX_NEW_TOKENS, AnswerForm, FlashSloth, compile_form, load, select_device
 from ..inference.batches import BatchPreparation, PreparedBatch, Record, answer, plan_batches, prepare
 from ..kernels.packed_layers import keep_freed_memory
 from .output import AnswerFile
@@ -47,10 +47,12 @@ class RunSettings:
         retry_errors: ask again what failed in an earlier run.
         retry_changed: ask again records whose question or image is another one than when they were answered.
         quantization, compile, share_equal_views: as in `flashsloth.inference.load`.
+        schema, choices, regex, confidence: form of every answer, as in `flashsloth.inference.AnswerForm`; an answer
+            that is cut before it is complete is an error of its record.
         ray_workers: model copies on the Ray cluster (`RAY_ADDRESS`, else one started here); 0 does without Ray.
 
     Raises:
-        ValueError: streams together with ray_workers.
+        ValueError: streams together with ray_workers; a form that `AnswerForm` refuses.
     """
 
     model: str = "nano"
@@ -67,6 +69,10 @@ class RunSettings:
     quantization: str | None = None
     compile: bool = False
     share_equal_views: bool = False
+    schema: Mapping[str, Any] | None = None
+    choices: Sequence[str] | None = None
+    regex: str | None = None
+    confidence: bool = False
 
     def __post_init__(self) -> None:
         if self.ray_workers and self.streams not in (None, 1):
@@ -74,6 +80,12 @@ class RunSettings:
                 f"streams {self.streams} contradicts ray_workers {self.ray_workers}: on Ray every copy of the model "
                 "answers one batch at a time; leave streams out, or ask for more copies"
             )
+        AnswerForm(self.schema, self.choices, self.regex, self.confidence)
+
+    @property
+    def form(self) -> AnswerForm:
+        """What every answer must look like."""
+        return AnswerForm(self.schema, self.choices, self.regex, self.confidence)
 
     def load(self) -> FlashSloth:
         """The model, as these settings say. On a CPU the process then keeps the memory that it frees."""
@@ -127,6 +139,7 @@ def run_records(
         "max_new_tokens": settings.max_new_tokens,
         "quantization": settings.quantization,
         "visual_tokens": settings.visual_tokens,
+        **settings.form.to_dict(),
     }
     with AnswerFile(output, decisive) as answers:
         _forget_what_is_asked_again(answers, records, settings)
@@ -189,6 +202,8 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     session = settings.load()
     longest_prompt, new_tokens = _limits(session, settings)
     session.image_tokens(1, settings.visual_tokens)
+    if not settings.form.is_free:
+        compile_form(settings.form, session.processor, session.model.generation_config)  # refused before a record is
     batches = plan_batches(records, settings.batch_size)
     on_cpu, threads = session.device.type == "cpu", torch.get_num_threads()
     streams, workers = settings.streams, settings.workers
@@ -208,9 +223,11 @@ def _local_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[L
     with _threads_of_a_stream(streams, workers if on_cpu else 0):
         if streams == 1:
             for batch in loader:
-                yield answer(session, batch, new_tokens)
+                yield answer(session, batch, new_tokens, settings.form)
         else:
-            yield from _side_by_side(session, loader, streams, lambda batch: answer(session, batch, new_tokens))
+            yield from _side_by_side(
+                session, loader, streams, lambda batch: answer(session, batch, new_tokens, settings.form)
+            )
 
 
 @contextlib.contextmanager
@@ -271,13 +288,13 @@ class RayWorker:
 
     def __init__(self, settings: RunSettings) -> None:
         self.session = settings.load()
-        self.visual_tokens = settings.visual_tokens
+        self.visual_tokens, self.form = settings.visual_tokens, settings.form
         self.longest_prompt, self.new_tokens = _limits(self.session, settings)
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
         batch = prepare(list(columns["record"]), self.session.processor, self.longest_prompt, self.visual_tokens)
         # as text: Arrow would give all rows of a block the same fields
-        return {"line": [json.dumps(row) for row in answer(self.session, batch, self.new_tokens)]}
+        return {"line": [json.dumps(row) for row in answer(self.session, batch, self.new_tokens, self.form)]}
 
 
 def _ray_lines(records: Sequence[Record], settings: RunSettings) -> Iterator[Lines]:

@@ -25,6 +25,10 @@ def ask(
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
     visual_tokens: options.VisualTokens = None,
+    schema: options.Schema = None,
+    choices: options.Choices = None,
+    regex: options.Regex = None,
+    confidence: options.Confidence = False,
     quantize: options.Quantize = None,
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
@@ -40,6 +44,8 @@ def ask(
       flashsloth ask before.jpg after.jpg "What changed?" --model Tongbo/FlashSloth-3.2B
       flashsloth ask photo.jpg "What is it?" --dtype bfloat16 --quantize int8-dynamic-cpu
       flashsloth ask receipt.png "What is the total?" --visual-tokens 36
+      flashsloth ask photo.jpg "Is it a dog?" --choices yes,no --confidence
+      flashsloth ask receipt.png "What does it say?" --schema receipt.json
       flashsloth ask https://example.com/sign.jpg "What does the sign say?" --json
     """
     if stream and as_json:
@@ -47,6 +53,7 @@ def ask(
     options.check_question(question)
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file; add a "QUESTION"')
+    form = options.read_form(schema, choices, regex, confidence)
     session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
     if compiled:
         options.compile_now(session, images, max_new_tokens)
@@ -57,6 +64,7 @@ def ask(
         max_new_tokens=max_new_tokens,
         visual_tokens=visual_tokens,
         on_text=_write_now if stream else None,
+        **form,
     )
     if as_json:
         options.write_json(answer.to_dict())

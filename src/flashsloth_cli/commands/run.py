@@ -29,6 +29,10 @@ def run(
     dtype: options.Dtype = "auto",
     max_new_tokens: options.MaxNewTokens = None,
     visual_tokens: options.VisualTokens = None,
+    schema: options.Schema = None,
+    choices: options.Choices = None,
+    regex: options.Regex = None,
+    confidence: options.Confidence = False,
     quantize: options.Quantize = None,
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
@@ -63,6 +67,7 @@ def run(
       flashsloth run photos/ -o captions.jsonl --question "what is in the picture?"
       flashsloth run questions.jsonl -o answers.jsonl --batch-size 64 --workers 4
       flashsloth run questions.parquet -o answers.jsonl --model Tongbo/FlashSloth-3.2B --device cuda
+      flashsloth run photos/ -o dogs.jsonl -q "is it a dog?" --choices yes,no --confidence
       flashsloth run photos/ -o captions.jsonl -q "what is it?" --ray 8
     """
     from rich.console import Console
@@ -89,6 +94,7 @@ def run(
         quantization=quantize,
         compile=compiled,
         share_equal_views=share_equal_views,
+        **options.read_form(schema, choices, regex, confidence),
     )
     columns = (
         TextColumn("{task.description}"),
