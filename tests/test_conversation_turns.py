@@ -56,9 +56,9 @@ def test_turns_of_several_rows_go_on_from_the_cache(session: FlashSloth) -> None
 
 def test_the_length_of_an_answer_leaves_out_what_pads_it(session: FlashSloth) -> None:
     sequences = [torch.tensor([5, 6, 1, 0, 0]), torch.tensor([5, 6, 7, 8, 9])]
-    from flashsloth.inference.conversation import _length
+    from flashsloth.inference.guide import answer_length
 
-    assert [_length(ids, end) for ids in sequences for end in (1, [1, 8], None)] == [3, 3, 5, 5, 4, 5]
+    assert [answer_length(ids, end) for ids in sequences for end in (1, [1, 8], None)] == [3, 3, 5, 5, 4, 5]
 
 
 class AfterTwoTokens(StoppingCriteria):

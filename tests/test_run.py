@@ -137,10 +137,10 @@ def test_batches_side_by_side_change_nothing_but_their_order(asked, tmp_path):
 
 
 def test_an_error_in_one_of_several_batches_stops_the_run(asked, tmp_path, monkeypatch):
-    def fail(session, batch, new_tokens):
+    def fail(session, batch, new_tokens, form):
         if any(record.id == "q3" for record in batch.records):
             raise RuntimeError("no memory left")
-        return answer(session, batch, new_tokens)
+        return answer(session, batch, new_tokens, form)
 
     monkeypatch.setattr(runner, "answer", fail)
     threads, settings = torch.get_num_threads(), RunSettings(device="cpu", batch_size=2, workers=0, streams=2)

@@ -27,9 +27,9 @@ TEMPLATE = (
 )
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(without: str = "\t\r\x0b\x0c^`~|{}@") -> PreTrainedTokenizerFast:
     """One token per character; what does not fit into the vocabulary becomes padding."""
-    characters = [c for c in string.printable if c not in "\t\r\x0b\x0c^`~|{}@"][: VOCABULARY - len(SPECIAL)]
+    characters = [c for c in string.printable if c not in without][: VOCABULARY - len(SPECIAL)]
     vocabulary = SPECIAL | {character: len(SPECIAL) + index for index, character in enumerate(characters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -39,13 +39,17 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_folder(folder: Path, decoder: str = "phi", **overrides) -> Path:
-    """Saves a model and its processor."""
+def tiny_folder(
+    folder: Path, decoder: str = "phi", tokenizer: PreTrainedTokenizerFast | None = None, **overrides
+) -> Path:
+    """Saves a model and its processor; the tokenizer must have the ids of `character_tokenizer`'s special tokens."""
     model = tiny_model(decoder, **overrides)
     # Characters only: the answer of a random model must survive decoding and encoding.
     model.generation_config.suppress_tokens = [PAD, EOS, IMAGE, QUERY]
     model.save_pretrained(folder)
-    processor = FlashSlothProcessor.from_config(model.config, character_tokenizer(), chat_template=TEMPLATE)
+    processor = FlashSlothProcessor.from_config(
+        model.config, tokenizer or character_tokenizer(), chat_template=TEMPLATE
+    )
     processor.save_pretrained(folder)
     return folder
 

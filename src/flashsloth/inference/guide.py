@@ -78,7 +78,7 @@ class Guide:
         """Tokens of each answer, the end of the sequence included; shorter rows are padded behind it."""
         if self._processor is not None:
             return [state.tokens for state in self._processor.states]
-        return [_length(ids_T, self.config.eos_token_id) for ids_T in ids_BT]
+        return [answer_length(ids_T, self.config.eos_token_id) for ids_T in ids_BT]
 
     def texts(self, ids_BT: Tensor) -> list[str]:
         """The answers as text, without special tokens."""
@@ -134,7 +134,8 @@ class Guide:
         return self._probabilities.products(ids_BT, self.lengths(ids_BT))
 
 
-def _length(ids_T: Tensor, end_of_sequence: int | Sequence[int] | None) -> int:
+def answer_length(ids_T: Tensor, end_of_sequence: int | Sequence[int] | None) -> int:
+    """Tokens up to the end of the sequence, which is one of them; all where there is none."""
     ends = torch.isin(ids_T, torch.as_tensor([] if end_of_sequence is None else end_of_sequence).to(ids_T))
     return int(ends.nonzero()[0]) + 1 if ends.any() else len(ids_T)
 
@@ -164,7 +165,7 @@ class _TokenProbabilities(LogitsProcessor):
         if self._last_BV is not None:
             self._chosen.append(self._last_BV.gather(1, token_B[:, None])[:, 0])
 
-    def products(self, ids_BT: Tensor, lengths: Sequence[int]) -> list[float]:
+    def products(self, ids_BT: Tensor, lengths: Sequence[int]) -> list[float | None]:
         """Over the first tokens of each row."""
         self._note(ids_BT[:, -1])
         self._last_BV = None

@@ -35,6 +35,9 @@ FORMS_KEPT = 256  # compiled forms of a tokenizer; those used last
 LONGEST_MESSAGE = 300  # characters of what the grammar library says
 # white space between the parts of JSON as json.dumps writes it; any number of blanks would let an answer never end
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# every token that spells an allowed text may come; else the library would tokenize what has to come by itself, through
+# the tokenizer's normalizer, and in lower case it would not be what has to come
+GRAMMAR_OPTIONS = '%llguidance {"no_forcing": true}\n'
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,9 @@ class GrammarState:
         if not allowed_V[:vocabulary].any():
             raise ValueError(
                 f"the {self.grammar.kind} cannot be answered: no token of the vocabulary spells what has to follow "
-                f"after {self._matcher_text()}"
+                f"after {self.tokens} tokens"
             )
         return torch.from_numpy(allowed_V[:vocabulary])
-
-    def _matcher_text(self) -> str:
-        return f"{self.tokens} tokens" if self.tokens else "the beginning"
 
     def mask_logits(self, logits_1V: Tensor) -> None:
         """Set to minus infinity, in place, what may not come next; (1, V) or (V,), on any device.
@@ -268,8 +268,8 @@ class _Compiler:
 
         tokenizer = processor.tokenizer
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        placeholders = {processor.image_token_id, processor.query_token_id} - {None}
-        self.excluded = special | set(tokenizer.all_special_ids) | placeholders | end_ids
+        placeholders = [id for id in (processor.image_token_id, processor.query_token_id) if id is not None]
+        self.excluded: set[int] = special.union(tokenizer.all_special_ids, placeholders, end_ids)
         spelled = TokenBytes(tokenizer, self.excluded, min(end_ids))
         self.token_bytes: Sequence[bytes] = spelled.tokens
         self.tokenizer: LLTokenizer = LLTokenizer(TokenizerWrapper(spelled))
@@ -305,7 +305,7 @@ def compile_form(form: AnswerForm, processor: FlashSlothProcessor, generation_co
     if ends is None:
         raise ValueError("the model has no token that ends an answer; set eos_token_id in its generation_config.json")
     end_ids = frozenset([ends] if isinstance(ends, int) else ends)
-    key = json.dumps([form.to_dict(), processor.chat_template])
+    key = json.dumps([form.schema, form.choices, form.regex, processor.chat_template])
     with _lock:
         compilers = _compilers.setdefault(tokenizer, {})
         compiler = compilers.get((len(tokenizer), end_ids))
@@ -334,12 +334,12 @@ def _compile(
         text = "start: " + " | ".join(spelled)
     elif form.schema is not None:
         kind = "JSON schema"
-        text = f"{start}answer: %json {json.dumps(form.schema | {'x-guidance': JSON_LAYOUT})}"
+        text = f"{start}answer: %json {json.dumps(dict(form.schema) | {'x-guidance': JSON_LAYOUT})}"
     else:
         assert form.regex is not None
         kind = "regular expression"
         text = f"{start}answer: /{regex_to_lark(form.regex, use_ascii='d')}/"
-    matcher = LLMatcher(compiler.tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
+    matcher = LLMatcher(compiler.tokenizer, LLMatcher.grammar_from_lark(GRAMMAR_OPTIONS + text), log_level=0)
     if matcher.is_error():
         raise ValueError(f"the {kind} cannot be used: {_reason(matcher.get_error())}")
     grammar = Grammar(kind, lead, choices, end_ids, compiler.token_bytes, matcher)
