@@ -29,6 +29,7 @@ from .tickets import Ticket
 
 logger = logging.getLogger(__name__)
 
+STAGES = ("queue", "preprocess", "encode", "compress", "prefill", "decode")
 RECENT_ANSWERS = 32  # whose time says how soon there will be room
 
 
@@ -92,7 +93,7 @@ class EngineStatistics:
     batch_bytes: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A request on its way."""
 
@@ -144,6 +145,7 @@ class Engine:
         self._ends = False
         self._thread: threading.Thread | None = None
         # of the engine's thread alone
+        self._joining: list[_Row] = []  # taken from the queue, but not in the batch
         self._rows: list[_Row] = []
         self._cache = RunningCache(self.settings.max_batch_size)
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_ANSWERS)
@@ -240,7 +242,7 @@ class Engine:
             text=AnswerText(self._texts, sampling.stop),
             top_logprobs=sampling.top_logprobs,
             submitted=submitted,
-            seconds={"preprocess": prompt.seconds},
+            seconds=dict.fromkeys(STAGES, 0.0) | {"preprocess": prompt.seconds},
         )
 
     def _retry_after(self) -> float:
@@ -260,7 +262,7 @@ class Engine:
             except Exception as error:  # handed to those it concerns; the engine goes on
                 logger.exception("a step of the engine failed, and with it the requests in its batch")
                 self._cache.clear()
-                rows, self._rows = self._rows, []
+                rows, self._rows, self._joining = [*self._rows, *self._joining], [], []
                 for row in rows:
                     self._end(row, error)
         with self._changed:
@@ -273,7 +275,7 @@ class Engine:
     def _step(self) -> None:
         """Let requests leave and join, then one more token for every row."""
         self._leave([(index, "cancelled") for index, row in enumerate(self._rows) if row.ticket.is_cancelled])
-        joining = self._take()
+        self._joining = joining = self._take()
         for group in self._prefill.groups([row.prompt for row in joining]) if joining else []:
             self._join([joining[index] for index in group])
         if self._rows:
@@ -313,7 +315,7 @@ class Engine:
             self._finish(row, "cancelled")
         now = time.perf_counter()
         for row in taken:
-            row.seconds = {"queue": now - row.submitted - row.prompt.seconds, **row.seconds}
+            row.seconds["queue"] = now - row.submitted - row.prompt.seconds
         return taken
 
     def _join(self, rows: list[_Row]) -> None:
@@ -322,6 +324,7 @@ class Engine:
             prefilled = self._prefill.run([row.prompt for row in rows])
         except Exception as error:  # handed to the one it concerns
             if len(rows) == 1:
+                self._joining.remove(rows[0])
                 self._end(rows[0], error)
                 return
             for row in rows:
@@ -332,6 +335,7 @@ class Engine:
     def _admit(self, rows: list[_Row], prefilled: PrefilledPrompts) -> None:
         first = len(self._rows)
         self._rows += rows
+        self._joining = [row for row in self._joining if row not in rows]
         for row in rows:
             row.seconds |= prefilled.seconds
             row.cached_tokens = prefilled.cached_tokens
@@ -410,7 +414,7 @@ class Engine:
         self._end(row, error)
 
     def _end(self, row: _Row, event: Finished | Exception) -> None:
+        row.ticket.put(event)
         with self._changed:
             self._active -= 1
             self._changed.notify_all()
-        row.ticket.put(event)

@@ -1,6 +1,6 @@
 """From a request to what the model reads: done in the thread of whoever asks, beside the running model.
 
-Shape suffixes: B rows, T tokens, I images, V views, C channels, H W pixels, K images of a row, G query groups of a row.
+Shape suffixes: T tokens, I images, V views, C channels, H W pixels.
 """
 
 import hashlib

@@ -11,8 +11,8 @@ class Ticket:
     """Events of one answer, for one reader: pieces of text, and at last `Finished`.
 
     Args:
-        on_event: called without arguments, in the engine's thread, whenever there is something to get. It must be quick
-            and raise nothing.
+        on_event: called without arguments, in the engine's thread, whenever there is something to get; it must be
+            quick and raise nothing.
     """
 
     def __init__(self, on_event: Callable[[], None] | None = None) -> None:
