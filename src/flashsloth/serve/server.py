@@ -1,0 +1,77 @@
+"""Runs the application until it is told to stop, and lets it finish what it has begun."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .app import Service
+
+HANG_UP_SECONDS = 5  # for the last words of answers that were given up
+BACKLOG = 2048
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        OSError: says which address cannot be listened on, and why.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen on {host}, port {port}: {cause}; choose others with --host, --port") from error
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.service, self.on_start = service, on_start
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self.on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.service.drain)
+        super().handle_exit(sig, frame)
+
+
+def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGTERM or SIGINT, then refuses what is new and finishes what is under way; a second SIGINT ends at
+    once. To be called in the main thread.
+
+    Args:
+        app: as `create_app` makes it.
+        listening: as `listen` makes it; closed at the end.
+        on_start: called when requests are taken.
+    """
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=int(service.settings.drain_seconds) + HANG_UP_SECONDS,
+    )
+    # uvicorn repeats the signals that it had; the first of them has been answered by then
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        with listening:
+            _Server(config, service, on_start).run([listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

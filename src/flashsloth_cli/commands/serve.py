@@ -1,0 +1,152 @@
+"""`flashsloth serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashsloth_cli import messages, options
+
+if TYPE_CHECKING:
+    from flashsloth.inference import FlashSloth
+
+INSTALL_COMMAND = "pip install 'flashsloth[serve]'"
+MEBIBYTE = 1 << 20
+ENGINES = ("one-at-a-time",)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Packaged model, folder, or hub id.")] = "nano",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, better with an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model; default: as it is named here.", show_default=False),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="one-at-a-time: answers in the order of the requests.", metavar="ENGINE")
+    ] = ENGINES[0],
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key that clients must send; may be repeated. Other users of the machine see it in the list of "
+            "processes: prefer FLASHSLOTH_API_KEY (several with commas) or --api-key-file.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with one key a line.", show_default=False)] = None,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of which clients may name files (file:///...); default: none.", show_default=False),
+    ] = None,
+    allow_private_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-urls",
+            help="Also fetch images from private, loopback and link-local addresses, which clients could use to look "
+            "around in your network.",
+        ),
+    ] = False,
+    max_images: Annotated[int, typer.Option(help="Images of one request.", min=0)] = 8,
+    max_image_mib: Annotated[float, typer.Option(help="MiB of one encoded image.", min=0)] = 20,
+    max_megapixels: Annotated[float, typer.Option(help="Million pixels of one image.", min=0)] = 50,
+    max_body_mib: Annotated[float, typer.Option(help="MiB of one request, data URLs included.", min=0)] = 32,
+    image_store_mib: Annotated[
+        float, typer.Option(help="MiB of pixels kept of uploads (/v1/images); the oldest make room.", min=0)
+    ] = 256,
+    max_in_flight: Annotated[
+        int, typer.Option(help="Answers waited for at once; more requests get status 429.", min=1)
+    ] = 128,
+    request_seconds: Annotated[
+        float, typer.Option(help="Longest time for one request; then it gets status 503.", min=0.001)
+    ] = 120,
+    drain_seconds: Annotated[float, typer.Option(help="For answers under way after SIGTERM or Ctrl-C.", min=0)] = 30,
+    max_new_tokens: options.MaxNewTokens = None,
+    visual_tokens: options.VisualTokens = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    compiled: options.Compile = False,
+    share_equal_views: options.ShareEqualViews = False,
+) -> None:
+    """Serve a model to OpenAI's clients.
+
+    Clients send chats with images to /v1/chat/completions; the API is described at /docs. --max-new-tokens and
+    --visual-tokens hold where a request names none. SIGTERM and Ctrl-C let answers under way end.
+
+    [bold]Examples[/bold]
+
+      flashsloth serve
+      flashsloth serve Tongbo/FlashSloth-3.2B --dtype bfloat16 --quantize int8-dynamic-cpu
+      FLASHSLOTH_API_KEY=secret flashsloth serve runs/mine --name mine --host 0.0.0.0 --port 80
+      flashsloth serve --image-root /data/photos --max-images 2
+    """
+    try:
+        from flashsloth.serve.app import create_app
+        from flashsloth.serve.server import listen, run_server
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "flashsloth":
+            raise
+        raise ImportError(f"flashsloth serve needs {error.name}; install it with: {INSTALL_COMMAND}") from error
+    from flashsloth.serve.limits import read_api_keys
+    from flashsloth.serve.settings import Settings
+
+    if engine not in ENGINES:
+        raise ValueError(f"there is no engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if image_root is not None and not image_root.is_dir():
+        raise ValueError(f"--image-root {image_root} is no folder")
+    keys = read_api_keys(api_key or (), api_key_file)
+    listening = listen(host, port)
+    with listening:
+        session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
+        session.image_tokens(1, visual_tokens)  # refuses a number that the model cannot make
+        if compiled:
+            options.compile_now(session, [], max_new_tokens)
+        settings = Settings(
+            model_name=name or model,
+            api_keys=keys,
+            max_tokens=max_new_tokens,
+            visual_tokens=visual_tokens,
+            max_in_flight=max_in_flight,
+            max_body_bytes=int(max_body_mib * MEBIBYTE),
+            max_images=max_images,
+            max_image_bytes=int(max_image_mib * MEBIBYTE),
+            max_pixels=int(max_megapixels * 1e6),
+            max_pixels_in_flight=max(Settings.max_pixels_in_flight, int(max_images * max_megapixels * 1e6)),
+            alpha_background=session.processor.image_processor.alpha_background,
+            image_store_bytes=int(image_store_mib * MEBIBYTE),
+            image_root=image_root,
+            allow_private_urls=allow_private_urls,
+            request_seconds=request_seconds,
+            drain_seconds=drain_seconds,
+        )
+        running = _start_engine(engine, session)
+        address, bound = listening.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+
+        def say_where() -> None:
+            if not keys and not _is_loopback(address):
+                messages.say("warning: other machines may ask without a key; see --api-key-file")
+            url = f"http://{shown}:{bound}"
+            messages.say(f"{settings.model_name} is served at {url}/v1 (described at {url}/docs); Ctrl-C stops it")
+
+        try:
+            run_server(create_app(running, settings), listening, say_where)
+        finally:
+            running.close()
+
+
+def _start_engine(name: str, session: FlashSloth) -> Any:
+    from flashsloth.serve.simple import OneAtATime
+
+    return OneAtATime(session)
+
+
+def _is_loopback(address: str) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
