@@ -35,7 +35,8 @@ class Choice:
     """
 
     def __init__(self, sampling: Sampling, rules: LogitsProcessorList, has_own_rules: bool, device: torch.device):
-        self.sampling, self.rules, self.has_own_rules = sampling, rules, has_own_rules
+        self.rules, self.has_own_rules = rules, has_own_rules
+        self.grammar = None if sampling.grammar is None else sampling.grammar.start()
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
@@ -52,7 +53,7 @@ class Choice:
     @property
     def is_plain(self) -> bool:
         """The likeliest token that the rules for every row leave."""
-        return self._generator is None and self.sampling.grammar is None and not self.has_own_rules
+        return self._generator is None and self.grammar is None and not self.has_own_rules
 
     def choose(self, logits_1V: Tensor, ids: Sequence[int]) -> int:
         """The next token.
@@ -65,9 +66,8 @@ class Choice:
         """
         ids_1T = torch.tensor([ids], device=logits_1V.device)
         scores_1V = self.rules(ids_1T, logits_1V.clone())
-        if self.sampling.grammar is not None:
-            masked_1V = self.sampling.grammar.mask_logits(scores_1V)
-            scores_1V = scores_1V if masked_1V is None else masked_1V
+        if self.grammar is not None:
+            self.grammar.mask_logits(scores_1V)
             if not torch.isfinite(scores_1V).any():
                 raise ValueError("the grammar allows none of the tokens that the model may write here")
         if self._generator is None:

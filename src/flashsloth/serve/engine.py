@@ -165,6 +165,15 @@ class Engine:
         """Whether requests are taken: from `start` to `drain` or `stop`."""
         return self._accepts and self._thread is not None and self._thread.is_alive()
 
+    @property
+    def ready(self) -> bool:
+        """See `is_accepting`."""
+        return self.is_accepting
+
+    def close(self) -> None:
+        """See `stop`."""
+        self.stop()
+
     def submit(self, request: Request, on_event: Callable[[], None] | None = None) -> Ticket:
         """Prepare a request in the calling thread, and queue it.
 
@@ -370,8 +379,8 @@ class Engine:
         self._answer_tokens += 1
         if token in self._choosing.end_tokens:
             return "stop"
-        if choice.sampling.grammar is not None:
-            choice.sampling.grammar.accept(token)
+        if choice.grammar is not None:
+            choice.grammar.accept(token)
         logprob = None if row.top_logprobs is None else self._texts.logprobs(logits_1V[0], token, row.top_logprobs)
         if (piece := row.text.add(token, logprob)) is not None:
             row.ticket.put(piece)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from ..inference.structured import Grammar
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -20,7 +22,8 @@ class Sampling:
         seed: of this request's own generator; equal seeds give equal answers, whatever else is in the batch.
         stop: texts that end an answer and are left out of it.
         top_logprobs: log-probabilities of so many tokens beside the chosen one's; None gives none at all.
-        grammar: constraint on the answer (`inference.structured`); None for free text.
+        grammar: form of the answer (`inference.structured.compile_form`), of which every answer starts its own state;
+            None for free text.
     """
 
     max_tokens: int | None = None
@@ -29,7 +32,7 @@ class Sampling:
     seed: int | None = None
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
-    grammar: Any = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

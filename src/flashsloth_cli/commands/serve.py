@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 INSTALL_COMMAND = "pip install 'flashsloth[serve]'"
 MEBIBYTE = 1 << 20
-ENGINES = ("one-at-a-time",)
+ENGINES = ("batching", "one-at-a-time")
 
 
 def serve(
@@ -28,7 +28,12 @@ def serve(
         typer.Option(help="What clients call the model; default: as it is named here.", show_default=False),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="one-at-a-time: answers in the order of the requests.", metavar="ENGINE")
+        str,
+        typer.Option(
+            help="batching: answers that are under way share every step of the model; one-at-a-time: in the order of "
+            "the requests.",
+            metavar="ENGINE",
+        ),
     ] = ENGINES[0],
     api_key: Annotated[
         list[str] | None,
@@ -124,7 +129,7 @@ def serve(
             request_seconds=request_seconds,
             drain_seconds=drain_seconds,
         )
-        running = _start_engine(engine, session)
+        running = _start_engine(engine, session, max_in_flight)
         address, bound = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
 
@@ -135,15 +140,29 @@ def serve(
             messages.say(f"{settings.model_name} is served at {url}/v1 (described at {url}/docs); Ctrl-C stops it")
 
         try:
-            run_server(create_app(running, settings), listening, say_where)
+            run_server(create_app(running, settings, _make_grammar(engine, session)), listening, say_where)
         finally:
             running.close()
 
 
-def _start_engine(name: str, session: FlashSloth) -> Any:
+def _start_engine(name: str, session: FlashSloth, most: int) -> Any:
+    from flashsloth.serve.engine import Engine, EngineSettings
     from flashsloth.serve.simple import OneAtATime
 
-    return OneAtATime(session)
+    if name == "one-at-a-time":
+        return OneAtATime(session, most)
+    running = Engine(session, EngineSettings(max_queue=most))
+    running.start()
+    return running
+
+
+def _make_grammar(engine: str, session: FlashSloth) -> Any:
+    """None where the engine or the installation has no structured answers."""
+    from importlib.util import find_spec
+
+    from flashsloth.serve.forms import MakeGrammar
+
+    return None if engine == "one-at-a-time" or find_spec("llguidance") is None else MakeGrammar(session)
 
 
 def _is_loopback(address: str) -> bool:
