@@ -154,7 +154,7 @@ class RunningCache(Cache):
                 own.values[:used_rows, :, target] = source.values[:used_rows, :, place].clone()
 
 
-def prompt_cache(states: RowStates = (), tokens: int = 0) -> DynamicCache:
+def prompt_cache(states: Sequence[tuple[Tensor, Tensor]] = (), tokens: int = 0) -> DynamicCache:
     """A cache for running prompts, which keeps every token in every layer; of one row that begins with `tokens`."""
     cache = DynamicCache()
     for index, (keys_HTS, values_HTS) in enumerate(states if tokens else ()):
