@@ -19,10 +19,12 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 # Pages whose blocks build on each other: one test runs them in order, in one folder.
 ORDERED = ("finetuning.md",)
-# What else may stand in a block: that of data.md is checked by test_data_documents.py, text by nobody.
+# What else may stand in a block: that of data.md is checked by test_data_documents.py, that of serving.md by
+# test_serve_http.py, text by nobody.
 OTHER_BLOCKS = {
     "data.md": {"yaml", "json"},
     "finetuning.md": {"yaml", "text"},
+    "serving.md": {"bash"},
     "study.md": {"yaml"},
     "training.md": {"bash"},
 }

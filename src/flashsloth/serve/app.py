@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +49,10 @@ from .settings import Settings
 from .streaming import EventStream, Reply, collect, encode
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the counters
+UNKNOWN_FIELD = "extra_forbidden"  # pydantic's name
 MOST_ERRORS = 5  # of one request, in a message
-OTHER_THREADS = 8  # beside those that wait for answers
+# Threads that prepare requests; more would only share the processor.
+PREPARERS = max(2, min(8, os.cpu_count() or 1))
 IMAGE_TYPES = ("image/", "application/octet-stream")
 
 WHAT = {
@@ -92,18 +95,16 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings, make_grammar: MakeGrammar | None) -> None:
         self.engine, self.settings, self.make_grammar = engine, settings, make_grammar
         self.state = State()
-        self.metrics = Metrics(lambda: self.state.in_flight, lambda: self.ready)
+        self.metrics = Metrics(lambda: self.state.in_flight, lambda: self.ready, engine.statistics)
         self.reader = ImageReader(settings)
         self.pixels = PixelCount(settings.max_pixels_in_flight, settings.retry_after)
-        self.executor = ThreadPoolExecutor(
-            settings.max_in_flight + OTHER_THREADS, thread_name_prefix="flashsloth-answer"
-        )
+        self.executor = ThreadPoolExecutor(PREPARERS, thread_name_prefix="flashsloth-prepare")
         self.created = int(time.time())
         self._under_way: set[Answers] = set()
 
     @property
     def ready(self) -> bool:
-        return bool(self.engine.ready) and not self.state.draining
+        return bool(self.engine.is_accepting) and not self.state.draining
 
     def drain(self) -> None:
         """Refuse new requests, and give those under way `drain_seconds`. Called in the server's event loop."""
@@ -129,7 +130,7 @@ class Service:
         Raises:
             ApiError: there is none.
         """
-        if not self.engine.ready:
+        if not self.engine.is_accepting:
             raise self._unavailable("the model is not ready yet")
         if self.state.answers + count > self.settings.max_in_flight:
             message = "the server has as many answers under way as it takes"
@@ -182,11 +183,11 @@ class Service:
             stack.callback(lambda: self.metrics.request_seconds.observe(time.monotonic() - started))
             answers = stack.enter_context(self.answers(request, count, deadline))
             with anyio.move_on_after(self.settings.request_seconds) as clock:
-                grammar = await self._grammar(chat)
+                grammars = [await self._grammar(chat) for _ in range(count)]
                 before_images = time.monotonic()
                 images = await self.images(sources, stack)
                 image_seconds = time.monotonic() - before_images
-                await answers.submit(make_requests(chat, messages, images, grammar, self.settings))
+                await answers.submit(make_requests(chat, messages, images, grammars, self.settings))
             if clock.cancelled_caught:
                 raise self._unavailable("the time for one request is over")
             reply = Reply(chat.model, count, bool(chat.logprobs), image_seconds)
@@ -324,7 +325,19 @@ def create_app(engine: Engine, settings: Settings, make_grammar: MakeGrammar | N
         """For Prometheus."""
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Make the description without FastAPI's own form of errors, which no route has."""
+    document = app.openapi()
+    for path in document["paths"].values():
+        for route in path.values():
+            if "HTTPValidationError" in str(route["responses"].get(str(UNPROCESSABLE))):
+                del route["responses"][str(UNPROCESSABLE)]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -356,7 +369,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(BAD_REQUEST, f"the body is no JSON: {found[0]['ctx']['error']}, at {found[0]['loc'][-1]}")
     lines = []
     for one in found[:MOST_ERRORS]:
-        field = field_path(one["loc"])
-        reason = "it is not supported" if one["type"] == "extra_forbidden" else str(one["msg"])
+        field = field_path(one["loc"], one["type"] == UNKNOWN_FIELD)
+        reason = "it is not supported" if one["type"] == UNKNOWN_FIELD else str(one["msg"])
         lines.append(f"{(field or 'the body')[:200]}: {reason[:300]}")
-    return ApiError(BAD_REQUEST, "; ".join(lines), field_path(found[0]["loc"]))
+    return ApiError(BAD_REQUEST, "; ".join(lines), field_path(found[0]["loc"], found[0]["type"] == UNKNOWN_FIELD))

@@ -13,7 +13,7 @@ from .schemas import ChatRequest, ImagePart
 from .settings import Settings
 
 # From a kind ("choice", "regex", "json_object", "json_schema") and its value (list of texts, text, None, schema) to a
-# constraint that requests may share. It raises ValueError for a value that is none.
+# constraint on one answer. It raises ValueError for a value that is none.
 MakeGrammar = Callable[[str, Any], Any]
 
 SEEDS = 2**63
@@ -146,10 +146,10 @@ def make_requests(
     chat: ChatRequest,
     messages: list[dict[str, Any]],
     images: Sequence[Image.Image],
-    grammar: Any,
+    grammars: Sequence[Any],
     settings: Settings,
 ) -> list[Request]:
-    """One request for each of the answers that are asked for."""
+    """One request for each of the answers that are asked for, each with its own constraint or None."""
     stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop or ()
     sampling = Sampling(
         max_tokens=chat.max_tokens or chat.max_completion_tokens or settings.max_tokens,
@@ -158,13 +158,12 @@ def make_requests(
         seed=chat.seed,
         stop=tuple(stop),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
-        grammar=grammar,
     )
     visual_tokens = None
     if images:
         visual_tokens = settings.visual_tokens if chat.visual_tokens is None else chat.visual_tokens
     requests = []
-    for index in range(chat.n or 1):
+    for index, grammar in enumerate(grammars):
         seed = None if chat.seed is None else (chat.seed + index) % SEEDS
-        requests.append(Request(messages, images, replace(sampling, seed=seed), visual_tokens))
+        requests.append(Request(messages, images, replace(sampling, seed=seed, grammar=grammar), visual_tokens))
     return requests

@@ -1,13 +1,32 @@
 """What Prometheus is told."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from .requests import Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class _EngineCollector(Collector):
+    """The numbers of the engine, whatever they are, when Prometheus asks."""
+
+    def __init__(self, statistics: Callable[[], Any]) -> None:
+        self._statistics = statistics
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []  # else registration would ask the engine
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        for name, value in asdict(self._statistics()).items():
+            words = name.replace("_", " ")
+            yield GaugeMetricFamily(f"flashsloth_engine_{name}", f"Of the engine: {words}.", value=value)
 
 
 class Metrics:
@@ -15,8 +34,9 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, in_flight: Callable[[], int], ready: Callable[[], bool]) -> None:
+    def __init__(self, in_flight: Callable[[], int], ready: Callable[[], bool], statistics: Callable[[], Any]) -> None:
         registry = self._registry = CollectorRegistry()
+        registry.register(_EngineCollector(statistics))
         self.requests = Counter(
             "flashsloth_requests", "HTTP requests by path and status.", ["path", "status"], registry=registry
         )

@@ -1,20 +1,18 @@
-"""Answers under way: events of the engine, which threads wait for, brought to the event loop of the server."""
+"""Answers under way: events of the engine's thread, brought to the event loop of the server."""
 
 import asyncio
 import contextlib
 import logging
 import queue
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import BAD_REQUEST, TOO_MANY, UNAVAILABLE, ApiError
 from .requests import Event, Finished, Overloaded, Request
 
 logger = logging.getLogger(__name__)
-
-PATIENCE_SECONDS = 1.0  # how long a thread waits for an event before it asks whether somebody still wants it
 
 
 class Ticket(Protocol):
@@ -36,14 +34,22 @@ class Engine(Protocol):
     """What makes answers; used from several threads."""
 
     @property
-    def ready(self) -> bool:
-        """Whether it answers."""
+    def is_accepting(self) -> bool:
+        """Whether it takes requests."""
 
-    def submit(self, request: Request) -> Ticket:
-        """Raises:
-        Overloaded: its queue is full.
-        ValueError: the request cannot be answered.
+    def submit(self, request: Request, on_event: Callable[[], None] | None = None) -> Ticket:
+        """Prepare a request in the calling thread, and queue it.
+
+        Args:
+            on_event: called, in whatever thread, whenever the ticket has an event more.
+
+        Raises:
+            Overloaded: the queue is full.
+            ValueError: the request cannot be answered.
         """
+
+    def statistics(self) -> Any:
+        """A dataclass of numbers, for whoever watches."""
 
 
 class ClientGone(Exception):
@@ -51,22 +57,24 @@ class ClientGone(Exception):
 
 
 class Answers:
-    """The answers to one request of a client, made side by side.
+    """The answers to one request of a client, made side by side. Of one event loop.
 
     Args:
         engine: makes them.
-        executor: threads that wait for it, one for each answer.
+        executor: threads that prepare requests.
         deadline: on the clock of `time.monotonic`.
         retry_after: seconds that a client is told to wait after a failure.
     """
 
     def __init__(self, engine: Engine, executor: Executor, deadline: float, retry_after: float) -> None:
-        self.engine, self.executor, self.deadline, self.retry_after = engine, executor, deadline, retry_after
+        self.engine, self.executor, self.retry_after = engine, executor, retry_after
         self._loop = asyncio.get_running_loop()
+        self._alarm = self._loop.call_later(deadline - time.monotonic(), self._time_is_over)
         self._events: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._tickets: list[Ticket | None] = []  # None once finished
         self._over = False
         self._unfinished = 0
+        self._woken = False
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Hand the requests to the engine.
@@ -75,19 +83,19 @@ class Answers:
             ApiError: it takes them not.
         """
         self._unfinished = len(requests)
-        for index, request in enumerate(requests):
+        for request in requests:
             if self._over:  # the client hung up, or the server stops: the events say which
                 return
             try:
-                ticket = await self._loop.run_in_executor(self.executor, self.engine.submit, request)
+                ticket = await self._loop.run_in_executor(self.executor, self.engine.submit, request, self._wake)
             except Exception as error:
                 self.cancel()
                 raise self._as_api_error(error) from error
-            self._tickets.append(ticket)
             if self._over:
                 ticket.cancel()
                 return
-            self.executor.submit(self._wait, index, ticket)
+            self._tickets.append(ticket)
+            self._take()  # what came before the ticket was known here
 
     def fail(self, error: BaseException) -> None:
         """Whoever reads the events gets this instead of the next; the engine gives up the answers."""
@@ -97,8 +105,9 @@ class Answers:
     def cancel(self) -> None:
         """Give up what is not finished."""
         self._over = True
-        if self._unfinished:
-            for ticket in self._tickets:
+        self._alarm.cancel()
+        for ticket in self._tickets:
+            if ticket is not None:
                 ticket.cancel()
 
     async def events(self) -> AsyncIterator[list[tuple[int, Event]]]:
@@ -113,35 +122,47 @@ class Answers:
             while not self._events.empty():
                 found.append(self._events.get_nowait())
             events: list[tuple[int, Event]] = []
+            failure: BaseException | None = None
             for index, event in found:
                 if isinstance(event, BaseException):
-                    self.cancel()
-                    raise event if isinstance(event, ClientGone) else self._as_api_error(event) from event
-                if isinstance(event, Finished):
-                    if event.reason == "cancelled":
-                        self.cancel()
-                        raise ApiError(UNAVAILABLE, "the answer was given up", retry_after=self.retry_after)
-                    self._unfinished -= 1
-                events.append((index, event))
-            yield events
+                    failure = event
+                elif isinstance(event, Finished) and event.reason == "cancelled":
+                    failure = ApiError(UNAVAILABLE, "the answer was given up", retry_after=self.retry_after)
+                else:
+                    self._unfinished -= isinstance(event, Finished)
+                    events.append((index, event))
+                if failure is not None:
+                    break
+            if events:
+                yield events
+            if failure is not None:
+                self.cancel()
+                raise failure if isinstance(failure, ClientGone) else self._as_api_error(failure) from failure
 
-    def _wait(self, index: int, ticket: Ticket) -> None:
-        """Runs in a thread."""
-        event: Event | BaseException
-        while not self._over:
-            left = self.deadline - time.monotonic()
-            try:
-                event = ticket.get(timeout=max(0.0, min(left, PATIENCE_SECONDS)))
-            except (queue.Empty, TimeoutError):
-                if left > 0:
-                    continue
-                event = TimeoutError("the time for one request is over")
-            except Exception as error:
-                event = error
+    def _wake(self) -> None:
+        """Called in a thread of the engine's."""
+        if not self._woken:
+            self._woken = True
             with contextlib.suppress(RuntimeError):  # the server's loop is closed
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-            if isinstance(event, (Finished, BaseException)):
-                return
+                self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._woken = False  # what comes from here on wakes again
+        for index, ticket in enumerate(self._tickets):
+            while ticket is not None and not self._over:
+                event: Event | BaseException
+                try:
+                    event = ticket.get(timeout=0)
+                except (queue.Empty, TimeoutError):
+                    break
+                except Exception as error:
+                    event = error
+                self._events.put_nowait((index, event))
+                if isinstance(event, (Finished, BaseException)):
+                    self._tickets[index] = ticket = None
+
+    def _time_is_over(self) -> None:
+        self.fail(TimeoutError("the time for one request is over"))
 
     def _as_api_error(self, error: BaseException) -> ApiError:
         if isinstance(error, ApiError):

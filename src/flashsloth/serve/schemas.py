@@ -3,7 +3,7 @@
 Everything else is an error: a field that is not declared, a value of another type, two fields that contradict.
 """
 
-import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -303,8 +303,14 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def field_path(place: typing.Sequence[int | str]) -> str | None:
-    """`messages.0.content` of where pydantic found an error, without the names of alternatives."""
+def field_path(place: Sequence[int | str], ends_with_name: bool) -> str | None:
+    """`messages.0.content` of where pydantic found an error, without the tags of alternatives.
+
+    Args:
+        place: pydantic's, from the body.
+        ends_with_name: its end is the name of a field, whatever it looks like.
+    """
     tags = {TAGGED.format(tag) for tag in TAGS}
-    names = [str(name) for name in place[1:] if name not in tags]
-    return ".".join(names) or None
+    last = len(place) - 1
+    names = [str(name) for index, name in enumerate(place) if name not in tags or (index == last and ends_with_name)]
+    return ".".join(names[1:]) or None

@@ -8,7 +8,8 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,20 +28,31 @@ RETRY_SECONDS = 1.0
 class SimpleTicket:
     """See `pending.Ticket`."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, on_event: Callable[[], None] | None) -> None:
+        self.request, self.on_event = request, on_event
         self.submitted = time.perf_counter()
         self.cancelled = threading.Event()
-        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
 
     def get(self, timeout: float | None = None) -> Event:
-        event = self.events.get(timeout=timeout)
+        event = self._events.get(timeout=timeout)
         if isinstance(event, BaseException):
             raise event
         return event
 
+    def put(self, event: Event | BaseException) -> None:
+        self._events.put(event)
+        if self.on_event is not None:
+            self.on_event()
+
     def cancel(self) -> None:
         self.cancelled.set()
+
+
+@dataclass(frozen=True)
+class SimpleStatistics:
+    waiting: int
+    answered: int
 
 
 class OneAtATime:
@@ -50,22 +62,28 @@ class OneAtATime:
         self.session, self.most_waiting = session, most_waiting
         self._waiting: queue.SimpleQueue[SimpleTicket | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="flashsloth-engine", daemon=True)
+        self._answered = 0
+
+    def start(self) -> None:
         self._thread.start()
 
     @property
-    def ready(self) -> bool:
+    def is_accepting(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, request: Request) -> SimpleTicket:
+    def statistics(self) -> SimpleStatistics:
+        return SimpleStatistics(self._waiting.qsize(), self._answered)
+
+    def submit(self, request: Request, on_event: Callable[[], None] | None = None) -> SimpleTicket:
         if request.sampling.grammar is not None:
             raise ValueError("structured answers need the engine that batches")
         if self._waiting.qsize() >= self.most_waiting:
             raise Overloaded(RETRY_SECONDS)
-        ticket = SimpleTicket(request)
+        ticket = SimpleTicket(request, on_event)
         self._waiting.put(ticket)
         return ticket
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Answer what waits, and end."""
         self._waiting.put(None)
         self._thread.join()
@@ -73,12 +91,13 @@ class OneAtATime:
     def _run(self) -> None:
         while (ticket := self._waiting.get()) is not None:
             if ticket.cancelled.is_set():
-                ticket.events.put(Finished("cancelled", Usage(0, 0, 0, 0, {})))
+                ticket.put(Finished("cancelled", Usage(0, 0, 0, 0, {})))
                 continue
             try:
-                ticket.events.put(self._answer(ticket))
+                ticket.put(self._answer(ticket))
+                self._answered += 1
             except Exception as error:  # handed to who waits for the answer
-                ticket.events.put(error)
+                ticket.put(error)
 
     @torch.inference_mode()
     def _answer(self, ticket: SimpleTicket) -> Finished:
@@ -214,7 +233,7 @@ class _Answer(StoppingCriteria):
 
     def _send(self, text: str) -> None:
         if len(text) > len(self.sent) and text.startswith(self.sent):
-            self.ticket.events.put(Piece(text[len(self.sent) :]))
+            self.ticket.put(Piece(text[len(self.sent) :]))
             self.sent = text
 
     def _send_logprobs(self, text: str, ids: list[int], logits: Sequence[Tensor]) -> None:
@@ -228,7 +247,7 @@ class _Answer(StoppingCriteria):
             values, tokens = logprobs_V.topk(min(top, len(logprobs_V)))
             others = [self._logprob(*pair) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]
             found.append((self._logprob(token, float(logprobs_V[token])), others))
-        self.ticket.events.put(Piece(text, found))
+        self.ticket.put(Piece(text, found))
 
     def _logprob(self, token: int, value: float) -> TokenLogprob:
         text = self._decode([token], skip_special_tokens=False)

@@ -142,16 +142,15 @@ def serve(
         try:
             run_server(create_app(running, settings, _make_grammar(engine, session)), listening, say_where)
         finally:
-            running.close()
+            running.stop()
 
 
 def _start_engine(name: str, session: FlashSloth, most: int) -> Any:
     from flashsloth.serve.engine import Engine, EngineSettings
     from flashsloth.serve.simple import OneAtATime
 
-    if name == "one-at-a-time":
-        return OneAtATime(session, most)
-    running = Engine(session, EngineSettings(max_queue=most))
+    one_at_a_time = name == "one-at-a-time"
+    running = OneAtATime(session, most) if one_at_a_time else Engine(session, EngineSettings(max_queue=most))
     running.start()
     return running
 
