@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from PIL import Image
 
 from flashsloth import FlashSlothProcessor
+from flashsloth.inference import load
 from flashsloth.inference.session import FlashSloth
 from flashsloth.serve.engine import Engine, EngineSettings
 from flashsloth.serve.requests import Finished, Overloaded, Piece, Request, Sampling
@@ -170,3 +172,333 @@ def test_every_answer_about_an_image_needs_the_embedded_query_module(name, start
             parameter.zero_()
     answers = answered(started(session), list(cases.values()))
     assert [case for case, tokens in zip(cases, answers, strict=True) if tokens == expected[case]] == []
+
+
+@pytest.mark.parametrize("name", ["phi", "gemma2", "HD"])
+def test_a_conversation_goes_on_from_the_keys_and_values_of_its_turns(name, started):
+    session = make_session(**MODELS[name])
+    engine = started(session)
+    messages, cached = [user("what is it", 1)], 0
+    for question in ("and why", "since when", LONG):
+        tokens, end = read(engine.submit(asked(messages, [A])))
+        assert tokens == generated(session, asked(messages, [A]))
+        assert end.usage.cached_tokens >= cached
+        cached = end.usage.prompt_tokens
+        messages = [*messages, assistant("".join(tokens)), user(question)]
+    request = asked(messages, [A])
+    tokens, end = read(engine.submit(request))
+    assert tokens == generated(session, request)
+    # all but the last question, its query tokens and the header of the answer, and the header of the question
+    assert end.usage.cached_tokens == end.usage.prompt_tokens - len(LONG) - 2 - len("A:") - len("</>Q:") + 2
+    assert engine.statistics().embedded_query_prompts == 4
+
+
+@pytest.mark.parametrize(
+    ("second", "shared"),
+    [
+        (asked("what is that", [A]), "image and header"),  # never a part of a question
+        (asked("what is it", [A]), "image and header"),  # nor all of it: the module runs for every answer
+        (asked("what is it", [B]), "nothing"),
+        (asked("what is it", [A], visual_tokens=9), "nothing"),
+        (asked("what is it"), "nothing"),
+    ],
+)
+def test_what_is_known_of_a_prompt_ends_with_a_whole_turn_or_image(second, shared, started):
+    session = make_session("phi", compressor_windows=[2, 3])
+    engine = started(session)
+    read(engine.submit(asked("what is it", [A])))
+    tokens, end = read(engine.submit(second))
+    assert tokens == generated(session, second)
+    expected = session.config.num_image_tokens + len("Q:") if shared == "image and header" else 0
+    assert end.usage.cached_tokens == expected
+
+
+def test_an_image_is_encoded_once_whatever_is_asked_about_it(session, started):
+    engine = started(session)
+    for question in ("what", "where", "why"):
+        read(engine.submit(asked(question, [A, B])))
+    statistics = engine.statistics()
+    assert (statistics.feature_misses, statistics.feature_hits) == (2, 4)
+
+
+def test_caches_stay_within_their_bytes(session, started):
+    image_bytes = 36 * 24 * 4
+    engine = started(session, feature_cache_bytes=2 * image_bytes, prefix_cache_bytes=60_000)
+    for seed in range(6):
+        request = asked(f"what is {seed}", [noise_image(seed)])
+        assert read(engine.submit(request))[0] == generated(session, request)
+        statistics = engine.statistics()
+        assert statistics.feature_bytes == min(seed + 1, 2) * image_bytes
+        assert 0 < statistics.prefix_bytes <= 60_000
+    nothing = started(session, feature_cache_bytes=0, prefix_cache_bytes=0)
+    for _ in range(2):
+        tokens, end = read(nothing.submit(CASES["one image"]))
+        assert end.usage.cached_tokens == 0
+        assert tokens == generated(session, CASES["one image"])
+    assert (nothing.statistics().feature_bytes, nothing.statistics().prefix_bytes) == (0, 0)
+
+
+def test_the_batch_takes_no_more_than_its_budget(session, started):
+    """Rows times the longest of them; what does not fit waits, and is answered all the same."""
+    engine = started(session, max_batch_tokens=200, max_prefill_tokens=40)
+    requests = [CASES["one image"], CASES["longer than a window"], TEXT_ONLY["text only"]] * 3
+    tickets = [engine.submit(request) for request in requests]
+    most = 0
+    while engine.statistics().waiting or engine.statistics().running:
+        most = max(most, engine.statistics().batch_bytes)
+    for ticket, request in zip(tickets, requests, strict=True):
+        assert read(ticket)[0] == generated(session, request)
+    token_bytes = 3 * 2 * 32 * 4
+    assert 0 < most <= 2 * (200 + 4 * 2 * 64) * token_bytes
+    with pytest.raises(ValueError, match="tokens, but .* has room for 200"):
+        engine.submit(asked("x" * 200))
+
+
+def test_sampling_depends_on_the_seed_and_on_nothing_else(session, started):
+    def sampled(seed: int, **options) -> Request:
+        return asked(
+            "what is it", [A], **{"temperature": 1.5, "top_p": 0.95, "seed": seed, "max_tokens": 12} | options
+        )
+
+    engine = started(session)
+    alone = [read(engine.submit(sampled(seed)))[0] for seed in range(4)]
+    crowd = [*map(sampled, range(4)), *CASES.values(), sampled(0, temperature=3.0)]
+    answers = answered(engine, crowd, seed=2)
+    assert answers[:4] == alone
+    assert len(set(map(tuple, alone))) == 4
+    assert answers[-1] != alone[0]
+    # a share of nothing leaves the likeliest token
+    assert read(engine.submit(sampled(9, top_p=1e-6)))[0] == generated(session, sampled(9))
+
+
+def test_log_probabilities_are_those_of_the_model(session, started):
+    request = asked("what is it", [A], max_tokens=3, top_logprobs=4, temperature=2.0, seed=1)
+    inputs = session.processor.apply_chat_template(
+        request.messages,
+        images=[A],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    logprobs_V = session.model(**inputs).logits[0, -1].log_softmax(dim=-1)
+    entries = [
+        entry for event in started(session).submit(request) if isinstance(event, Piece) for entry in event.logprobs
+    ]
+    assert len(entries) == 3
+    chosen, others = entries[0]
+    token = session.processor.tokenizer.convert_tokens_to_ids(chosen.token)
+    assert chosen.logprob == pytest.approx(float(logprobs_V[token]), abs=1e-4)
+    assert chosen.bytes == tuple(chosen.token.encode())
+    assert [other.logprob for other in others] == pytest.approx(logprobs_V.topk(4).values.tolist(), abs=1e-4)
+    assert all(
+        not piece.logprobs
+        for piece in started(session).submit(asked("a", top_logprobs=None))
+        if isinstance(piece, Piece)
+    )
+
+
+@pytest.mark.parametrize("around", ["characters", "words"])
+def test_an_answer_ends_before_a_stop_text(around, session, started):
+    engine = started(session)
+    whole = text_of(engine.submit(asked("what is it", [A])))
+    stop = whole[5:8] if around == "characters" else whole[5]
+    ticket = engine.submit(asked("what is it", [A], stop=["never there", stop, whole[7:9]]))
+    events = list(ticket)
+    assert "".join(event.text for event in events if isinstance(event, Piece)) == whole[: whole.index(stop)].rstrip()
+    assert "".join(chosen.token for event in events[:-1] for chosen, _ in event.logprobs).strip() == whole[:5].strip()
+    assert events[-1].reason == "stop"
+
+
+def test_an_answer_ends_with_the_end_of_the_sequence(started):
+    session = make_session("phi")
+    session.model.generation_config.suppress_tokens = [PAD, IMAGE, QUERY]
+    whole = generated(session, asked("what is it", [A]))
+    session.model.generation_config.eos_token_id = session.processor.tokenizer.convert_tokens_to_ids(whole[4])
+    tokens, end = read(started(session).submit(asked("what is it", [A])))
+    assert tokens == whole[:4]
+    assert (end.reason, end.usage.completion_tokens) == ("stop", 5)
+
+
+def test_usage_says_what_an_answer_took(session, started):
+    _, end = read(started(session).submit(asked("which", [A, B], max_tokens=3)))
+    usage = end.usage
+    assert end.reason == "length"
+    assert (usage.completion_tokens, usage.visual_tokens, usage.cached_tokens) == (
+        3,
+        2 * session.config.num_image_tokens,
+        0,
+    )
+    assert usage.prompt_tokens == usage.visual_tokens + len("Q:which") + session.config.num_query_tokens + len("A:")
+    assert list(usage.seconds) == ["queue", "preprocess", "encode", "compress", "prefill", "decode"]
+    assert all(seconds > 0 for seconds in usage.seconds.values())
+
+
+class Grammar:
+    """Only digits, after so many of which it fails."""
+
+    def __init__(self, session: FlashSloth, most: int) -> None:
+        self.digits = session.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
+        self.most = most
+
+    def mask_logits(self, logits_1V: torch.Tensor) -> torch.Tensor:
+        if not self.most:
+            raise RuntimeError("no more digits")
+        masked_1V = torch.full_like(logits_1V, -torch.inf)
+        masked_1V[:, self.digits] = logits_1V[:, self.digits]
+        return masked_1V
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in self.digits
+        self.most -= 1
+
+
+def test_a_grammar_binds_its_own_answer_only(session, started):
+    engine = started(session)
+    bound = engine.submit(asked("what is it", [A], grammar=Grammar(session, 99), max_tokens=6))
+    free = engine.submit(asked("what is it", [A]))
+    assert text_of(bound).isdigit()
+    assert read(free)[0] == generated(session, asked("what is it", [A]))
+
+
+def test_what_goes_wrong_with_a_request_is_its_own(session, started, monkeypatch):
+    engine = started(session)
+    good = [engine.submit(CASES["one image"])]
+    bad = engine.submit(asked("what is it", [A], grammar=Grammar(session, 2)))
+    good.append(engine.submit(CASES["two images"]))
+    with pytest.raises(RuntimeError, match="no more digits"):
+        list(bad)
+    assert [read(ticket)[0] for ticket in good] == [
+        generated(session, CASES["one image"]),
+        generated(session, CASES["two images"]),
+    ]
+    # a prompt that fails does not take those with it that were to be run beside it
+    encode = session.encode_views
+
+    def fail_for_one(pixel_values: torch.Tensor) -> torch.Tensor:
+        if (pixel_values - pixel_values.flatten(1).mean()).abs().max() < 1e-3 or len(pixel_values) > 1:
+            raise MemoryError("too much")
+        return encode(pixel_values)
+
+    monkeypatch.setattr(session, "encode_views", fail_for_one)
+    grey = Image.new("RGB", (40, 30), (90, 90, 90))
+    requests = [asked("what", [grey]), asked("what", [noise_image(7)]), asked("what", [noise_image(8)])]
+    tickets = [engine.submit(request) for request in requests]
+    with pytest.raises(MemoryError, match="too much"):
+        list(tickets[0])
+    assert [read(ticket)[0] for ticket in tickets[1:]] == [generated(session, request) for request in requests[1:]]
+    # nor does a step that fails end the engine
+    monkeypatch.setattr(engine._cache, "advance", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(engine.submit(CASES["one image"]))
+    monkeypatch.undo()
+    assert read(engine.submit(CASES["one image"]))[0] == generated(session, CASES["one image"])
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (asked("x" * 300), "300|tokens, but model has room for 256"),
+        (asked("what", [A], visual_tokens=5), "visual_tokens is 5"),
+        (Request([user("what", 2)], [A]), "2 .* placeholders but 1 image|2 .*placeholders"),
+        (Request([user("", 1)], [A]), "question"),
+        (Request([{"role": "user"}, 3], []), "message"),
+        (asked("what", max_tokens=0), "max_tokens is 0"),
+        (asked("what", temperature=-1.0), "temperature is -1"),
+        (asked("what", temperature=float("nan")), "temperature is nan"),
+        (asked("what", top_p=0.0), "top_p is 0"),
+        (asked("what", top_logprobs=-1), "top_logprobs is -1"),
+        (asked("what", stop=["a", ""]), "stop has an empty text"),
+    ],
+)
+def test_a_bad_request_is_refused_before_it_waits(request_, error, session, started):
+    engine = started(session)
+    with pytest.raises(ValueError, match=error):
+        engine.submit(request_)
+    assert engine.statistics().waiting == 0
+    assert engine.drain(timeout=5)
+
+
+def test_an_answer_ends_where_the_context_does(session, started):
+    request = asked("x" * 240, max_tokens=50)
+    tokens, end = read(started(session).submit(request))
+    assert (end.reason, len(tokens)) == ("length", 256 - end.usage.prompt_tokens)
+
+
+def test_a_cancelled_request_leaves_at_the_next_step(session, started):
+    engine = started(session, max_batch_size=1)
+    running, waiting, last = (engine.submit(asked("what", [A], max_tokens=200)) for _ in range(3))
+    assert isinstance(running.get(timeout=30), Piece)
+    with pytest.raises(TimeoutError):
+        waiting.get(timeout=0)
+    waiting.cancel()
+    running.cancel()
+    assert read(waiting)[1].reason == "cancelled"
+    tokens, end = read(running)
+    assert end.reason == "cancelled"
+    assert end.usage.completion_tokens == len(tokens) + 1 < 200
+    last.cancel()
+    assert read(last)[1].reason == "cancelled"
+    with pytest.raises(ValueError, match="finished"):
+        last.get()
+    assert read(engine.submit(CASES["one image"]))[0] == generated(session, CASES["one image"])
+
+
+def test_a_full_queue_is_refused_with_a_time_to_come_back(session, started):
+    engine = started(session, max_batch_size=1, max_queue=2)
+    running = engine.submit(asked("what", [A], max_tokens=200))
+    running.get(timeout=30)
+    waiting = [engine.submit(asked("what", [A], max_tokens=1)) for _ in range(2)]
+    with pytest.raises(Overloaded, match="try again in 1 s") as error:
+        engine.submit(asked("what"))
+    assert error.value.retry_after >= 1
+    running.cancel()
+    assert [read(ticket)[1].reason for ticket in waiting] == ["length", "length"]
+    assert read(engine.submit(asked("what")))[1].reason == "length"
+
+
+def test_draining_answers_what_is_there_and_stopping_cancels_it(session, started):
+    engine = started(session)
+    tickets = [engine.submit(request) for request in CASES.values()]
+    assert engine.is_accepting
+    assert engine.drain(timeout=60)
+    assert not engine.is_accepting
+    assert {read(ticket)[1].reason for ticket in tickets} == {"length"}
+    with pytest.raises(Overloaded):
+        engine.submit(CASES["one image"])
+
+    engine = started(session, max_batch_size=1)
+    tickets = [engine.submit(asked("what", [A], max_tokens=200)) for _ in range(2)]
+    assert not engine.drain(timeout=0.01)
+    engine.stop()
+    assert {read(ticket)[1].reason for ticket in tickets} == {"cancelled"}
+
+
+def test_a_reader_is_told_when_there_is_something_to_get(session, started):
+    told: list[float] = []
+    ticket = started(session).submit(asked("what", [A]), on_event=lambda: told.append(time.monotonic()))
+    events = list(ticket)
+    assert len(told) == len(events)
+
+
+def test_requests_of_many_threads_are_answered_as_by_generate(session, started):
+    engine, requests = started(session, max_batch_size=4), [*CASES.values(), *TEXT_ONLY.values()] * 3
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda request: read(engine.submit(request))[0], requests))
+    expected = [generated(session, request) for request in requests[: len(requests) // 3]]
+    assert answers == expected * 3
+
+
+def test_the_packaged_model_is_answered_as_in_a_conversation(started):
+    """With its packed layers, which take rows of any number."""
+    session = load("nano")
+    images = [noise_image(seed, (90, 60)) for seed in range(2)]
+    questions = ["What is in the picture?", "Which colour is it?", "How many are there?"]
+    requests = [asked(question, [image], max_tokens=12) for question in questions for image in images]
+    expected = [
+        session.ask(request.images, request.messages[0]["content"][-1]["text"], max_new_tokens=12).text
+        for request in requests
+    ]
+    engine = started(session)
+    assert [text_of(ticket) for ticket in [engine.submit(request) for request in requests]] == expected
+    assert engine.statistics().embedded_query_prompts == len(requests)

@@ -852,7 +852,7 @@ def test_a_client_that_never_reads_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("flashsloth.serve.streaming.GRACE_SECONDS", 0.5)
     engine = Scripted(*[Piece("a" * 100_000)] * 500)
     content = json.dumps(body(stream=True)).encode()
-    with running(engine, request_seconds=0.5, max_in_flight=1) as address, connected(address, content):
+    with running(engine, request_seconds=3, max_in_flight=1) as address, connected(address, content):
         wait_for(lambda: engine.tickets)
         engine.script = [Finished("stop", USAGE)]
         assert httpx2.post(address + CHAT, json=body()).status_code == 429

@@ -249,6 +249,24 @@ def test_confidence_of_choices_is_their_share_of_the_probability_of_nano(nano, m
     check_choices(nano, " ", monkeypatch)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("rows_at_once", [64, 1])
+def test_the_rows_of_a_batch_are_scored_as_single_prompts(tiny, rows_at_once, monkeypatch):
+    monkeypatch.setattr(guide, "ROWS_AT_ONCE", rows_at_once)
+    asked = [(noise_image(), "is it?"), (noise_image(1), "what is it, then?")]
+    records = [Record(question, (image,), question) for image, question in asked]
+    batch = prepare(records, tiny.processor, 200)
+    features = tiny.model.get_image_features(batch.pixel_values, return_dict=True)
+    end = tiny.processor.tokenizer.eos_token_id
+    choices = [tiny.processor.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in CHOICES]
+    scores_BN = guide.score_choices(tiny.model, dict(batch.inputs), features, choices, frozenset([end]))
+    for row, (image, question) in enumerate(asked):
+        inputs = prompt_of(tiny, image, question)
+        for column, ids in enumerate([*ids, end] for ids in choices):
+            expected = log_probability(tiny, inputs, ids).gather(1, torch.tensor(ids)[:, None]).sum()
+            assert float(scores_BN[row, column]) == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "form", [AnswerForm(), AnswerForm(SCHEMA), AnswerForm(regex=REGEX)], ids=["free", "schema", "regex"]
 )

@@ -118,7 +118,9 @@ class FlashSloth(Runtime):
             visual_tokens: tokens of every image, or one number for each, of `config.visual_token_choices`: fewer are
                 quicker, more show more. Default the model's own.
             on_text: called with each piece of text as it is generated.
-            schema, choices, regex: form of the answer, one of them at most; see `AnswerForm`.
+            schema: JSON schema of the answer; of these three at most one, see `AnswerForm`.
+            choices: texts of which the answer is one.
+            regex: regular expression of the whole answer.
             confidence: note the probability of the answer, as `Guide.confidences` has it.
             generation: further arguments of `generate`.
 

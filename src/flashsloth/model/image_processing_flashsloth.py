@@ -204,7 +204,8 @@ class FlashSlothImageProcessor(BaseImageProcessor):
 
         Args:
             image_size: (width, height) of the image in pixels.
-            x, y: pixels from its upper left corner.
+            x: pixels from its left side.
+            y: pixels from its upper side.
         """
         width, height = image_size
         if not self.do_pad:

@@ -165,15 +165,6 @@ class Engine:
         """Whether requests are taken: from `start` to `drain` or `stop`."""
         return self._accepts and self._thread is not None and self._thread.is_alive()
 
-    @property
-    def ready(self) -> bool:
-        """See `is_accepting`."""
-        return self.is_accepting
-
-    def close(self) -> None:
-        """See `stop`."""
-        self.stop()
-
     def submit(self, request: Request, on_event: Callable[[], None] | None = None) -> Ticket:
         """Prepare a request in the calling thread, and queue it.
 
@@ -418,9 +409,6 @@ class Engine:
         )
         self._recent.append(now - row.submitted)
         self._end(row, Finished(reason, usage))
-
-    def _fail(self, row: _Row, error: Exception) -> None:
-        self._end(row, error)
 
     def _end(self, row: _Row, event: Finished | Exception) -> None:
         row.ticket.put(event)
