@@ -61,8 +61,9 @@ def samples(tmp_path, monkeypatch):
 )
 def test_python_blocks_run(path, samples):
     namespace = {}
-    for text, _ in blocks(path, "python"):
-        exec(compile(text, path.name, "exec"), namespace)
+    for text, norun in blocks(path, "python"):
+        if not norun:
+            exec(compile(text, path.name, "exec"), namespace)
 
 
 def check_launch(program, words):
@@ -102,7 +103,7 @@ def test_commands(words, norun, samples, capsys):
         assert {word for word in rest if word.startswith("--")} <= known
     elif program == "flashsloth" and norun:
         command = LazyCommand(rest[0], *COMMANDS[rest[0]]).load()
-        command = getattr(command, "commands", {}).get(rest[1], command)
+        command = getattr(command, "commands", {}).get("".join(rest[1:2]), command)
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in rest if word.startswith("--")} <= known
         for word in rest[1:]:
