@@ -562,6 +562,7 @@ class Broken(Exception):
     ("failure", "status", "message"),
     [
         (ValueError("the prompt has 9 tokens"), 400, "9 tokens"),
+        (ValueError("half an emoji \ud83d"), 400, "half an emoji"),
         (Overloaded(3.2), 429, "try again in 3 s"),
         (Broken("secret"), 503, "failed"),
         (MemoryError(), 503, "failed"),
