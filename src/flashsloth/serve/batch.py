@@ -154,10 +154,10 @@ class RunningCache(Cache):
                 own.values[:used_rows, :, target] = source.values[:used_rows, :, place].clone()
 
 
-def prompt_cache(states: Sequence[tuple[Tensor, Tensor]] = (), tokens: int = 0) -> DynamicCache:
-    """A cache for running prompts, which keeps every token in every layer; of one row that begins with `tokens`."""
+def prompt_cache(states: RowStates, tokens: int) -> DynamicCache:
+    """A cache for running prompts, which keeps every token in every layer; with the first `tokens` of a row in it."""
     cache = DynamicCache()
-    for index, (keys_HTS, values_HTS) in enumerate(states if tokens else ()):
+    for index, (keys_HTS, values_HTS) in enumerate(states if tokens else []):
         cache.update(keys_HTS[None, :, :tokens], values_HTS[None, :, :tokens], index)
     return cache
 

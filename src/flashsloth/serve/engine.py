@@ -155,7 +155,6 @@ class Engine:
         """Begin to answer; an engine is started once."""
         refuse_after_fork()
         assert self._thread is None, "an engine is started once"
-        self._prefill.start_counting()
         self._accepts = True
         self._thread = threading.Thread(target=self._run, name="flashsloth-engine", daemon=True)
         self._thread.start()
@@ -252,6 +251,7 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        self._prefill.start_counting()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._rows or self._ends)

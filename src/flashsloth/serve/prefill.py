@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens, I images, P un-pooled patches, E width of the encoder, V vocabulary.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,10 +63,11 @@ class Prefill:
         self.embedded_query_prompts = 0
         self.reused_tokens = 0
         self._counting: Any = None
+        self._thread: int | None = None
 
     def start_counting(self) -> None:
-        """Count the prompts that pass through the embedded query module."""
-        module = self.session.model.model.embedded_query
+        """Count the prompts that this thread brings through the embedded query module."""
+        self._thread, module = threading.get_ident(), self.session.model.model.embedded_query
         if module is not None:
             self._counting = module.register_forward_pre_hook(self._count)
 
@@ -74,7 +76,8 @@ class Prefill:
             self._counting.remove()
 
     def _count(self, module: nn.Module, args: tuple[Tensor, EmbeddedQueryInputs]) -> None:
-        self.embedded_query_prompts += int(args[1].image_mask_BGK.flatten(1).any(dim=1).sum())
+        if threading.get_ident() == self._thread:
+            self.embedded_query_prompts += int(args[1].image_mask_BGK.flatten(1).any(dim=1).sum())
 
     def groups(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Which prompts to run together: those whose longer half is known run alone, the others side by side."""
