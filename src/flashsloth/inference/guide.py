@@ -211,7 +211,7 @@ def score_choices(
         mask_RT = functional.pad(mask_BT.repeat_interleave(len(some), dim=0), (0, longest), value=1)
         offsets_L = torch.arange(1, longest + 1, device=ids_BT.device)
         output = model(
-            input_ids=padded_NL.repeat_interleave(rows, dim=0),
+            input_ids=padded_NL.repeat(rows, 1),
             attention_mask=mask_RT,
             position_ids=positions_BT[:, -1:].repeat_interleave(len(some), dim=0) + offsets_L,
             use_cache=True,
