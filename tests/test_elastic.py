@@ -12,6 +12,8 @@ from flashsloth.data.schema import Sample
 from flashsloth.inference import load
 from flashsloth.inference.batches import Record, answer, prepare
 from flashsloth.model.compressors import COMPRESSORS
+from flashsloth.train.build import build, build_processor
+from flashsloth.train.recipe import ModelRecipe
 from tiny_models import tiny_config
 from tiny_session import TEMPLATE, character_tokenizer, noise_image, tiny_folder
 
@@ -275,6 +277,20 @@ def test_packed_samples_with_other_counts_are_as_alone(model, processor):
 def test_a_saved_configuration_keeps_its_windows(folder):
     config = FlashSlothConfig.from_pretrained(folder)
     assert list(config.compressor_windows) == ELASTIC["compressor_windows"]
+
+
+def test_a_checkpoint_of_one_window_learns_others(tmp_path):
+    single = tiny_folder(tmp_path, "qwen3", compressor_window=2)
+    recipe = ModelRecipe(checkpoint=str(single), config={"compressor_windows": [1, 2, 3]})
+    model, processor = build(recipe)
+    config, alone = build_processor(recipe)
+    assert list(model.model.config.visual_token_choices) == list(config.visual_token_choices) == [36, 9, 4]
+    assert processor.visual_token_choices == alone.visual_token_choices == [36, 9, 4]
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert list(load(tmp_path / "saved").config.visual_token_choices) == [36, 9, 4]
+    with pytest.raises(ValueError, match="compressor_window"):
+        build(ModelRecipe(checkpoint=str(single), config={"compressor_windows": [3, 6]}))
 
 
 def test_a_processor_of_one_window_has_no_choice():

@@ -154,6 +154,15 @@ def with_two_stages(**changes) -> dict:
         (edited(muon_learning_rate=1e-2), ("muon_learning_rate", "optimizer")),
         (edited(schedule="warmup_stable_decay", warmup=0.6, decay=0.6), ("warmup", "decay")),
         (minimal() | {"model": {"checkpoint": "a", "vision": "b"}}, ("model.checkpoint", "model.vision")),
+        (
+            minimal() | {"model": {"checkpoint": "a", "config": {"compressor_window": 2}}},
+            ("model.checkpoint", "model.config.compressor_window"),
+        ),
+        (
+            edited(lora=LORA, train=["language_model"])
+            | {"model": {"checkpoint": "a", "config": {"compressor_windows": [2, 3]}}},
+            ("lora", "model.config", "compressor_windows"),
+        ),
         (minimal() | {"model": {"vision": "a"}}, ("model.vision", "model.language")),
         (edited(global_batch_size=8, gradient_accumulation=2), ("global_batch_size", "gradient_accumulation")),
         (edited(global_batch_size=9), ("global_batch_size", "batch_size")),

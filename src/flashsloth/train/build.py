@@ -44,7 +44,9 @@ def build(recipe: ModelRecipe) -> tuple[FlashSlothForConditionalGeneration, Flas
         ValueError: parts that do not fit each other; the message names the recipe's fields.
     """
     if recipe.checkpoint is not None:
-        return load(recipe.checkpoint, recipe.quantization, recipe.dtype)
+        model, processor = load(recipe.checkpoint, recipe.quantization, recipe.dtype)
+        _set_windows(recipe, model.config, processor)
+        return model, processor
     with _refusals():
         return _build_new(recipe)
 
@@ -78,7 +80,9 @@ def build_processor(recipe: ModelRecipe) -> tuple[FlashSlothConfig, FlashSlothPr
     """
     if recipe.checkpoint is not None:
         folder = _whole_model(recipe.checkpoint)
-        return load_config(folder), load_processor(folder)
+        config, processor = load_config(folder), load_processor(folder)
+        _set_windows(recipe, config, processor)
+        return config, processor
     with _refusals():
         tokenizer = _tokenizer(recipe)
         if isinstance(recipe.language, str):
@@ -125,6 +129,17 @@ def _processor(
     if recipe.chat_template is not None:
         options["chat_template"] = _read_template(recipe.chat_template)
     return FlashSlothProcessor.from_config(config, tokenizer, **options)
+
+
+def _set_windows(recipe: ModelRecipe, config: FlashSlothConfig, processor: FlashSlothProcessor) -> None:
+    """Let the weights of a checkpoint learn windows that they were not trained with."""
+    if "compressor_windows" not in recipe.config:
+        return
+    windows = recipe.config["compressor_windows"]
+    # checked as a configuration of its own, before the model's is changed
+    FlashSlothConfig(**(config.to_dict() | {"compressor_windows": windows}))
+    config.compressor_windows = windows
+    processor.visual_token_choices = list(config.visual_token_choices) if len(config.trained_windows) > 1 else None
 
 
 def load(

@@ -71,16 +71,21 @@ class ModelRecipe:
     quantization: Literal["4bit"] | None = None
     """`4bit`: the frozen matrices of the language model in NF4, by bitsandbytes; needs `checkpoint` and `lora`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of `FlashSlothConfig`: compressor, compressor_window, num_query_tokens, view_grid, ..."""
+    """Further fields of `FlashSlothConfig`: compressor, compressor_window, num_query_tokens, view_grid, ... Of a
+    `checkpoint` only `compressor_windows` can be given anew: its weights then learn to serve all of them."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
-            fields = ("vision", "language", "tokenizer", "chat_template", "letterbox", "config")
+            fields = [
+                name
+                for name in ("vision", "language", "tokenizer", "chat_template", "letterbox")
+                if getattr(self, name)
+            ]
+            fields += [f"config.{name}" for name in self.config if name != "compressor_windows"]
             for name in fields:
-                if getattr(self, name):
-                    raise ValueError(
-                        f"model.checkpoint contradicts model.{name}, which the checkpoint already holds; remove one"
-                    )
+                raise ValueError(
+                    f"model.checkpoint contradicts model.{name}, which the checkpoint already holds; remove one"
+                )
         elif self.vision is None or self.language is None:
             raise ValueError("model needs either model.checkpoint, or both model.vision and model.language")
         if self.quantization is not None and self.checkpoint is None:
@@ -292,6 +297,11 @@ def _check_adapters(recipe: Recipe) -> None:
         raise ValueError(
             f"stage {recipe.stages[0].name!r}: lora contradicts model.vision and model.language: an adapter needs a "
             "whole model to stand on; give model.checkpoint, or a stage without lora before it"
+        )
+    if recipe.stages[0].lora is not None and recipe.model.config:
+        raise ValueError(
+            f"stage {recipe.stages[0].name!r}: lora contradicts model.config: an adapter keeps the configuration of "
+            "the model it stands on; train without lora, or leave compressor_windows as they are"
         )
     if recipe.model.dtype == "bfloat16" and recipe.precision != "bfloat16":
         raise ValueError(f"model.dtype: bfloat16 contradicts precision: {recipe.precision}")
