@@ -127,11 +127,13 @@ class MaskedCrossAttention(nn.Module):
         rows, groups, queries, _ = queries_BGQS.shape
         queries_BHLs = self.split_heads(self.query(queries_BGQS).flatten(1, 2))
         scores_BHLL = queries_BHLs @ keys_BHLs.transpose(-1, -2) * keys_BHLs.shape[-1] ** -0.5
-        mask_B1LL = mask_BGL.repeat_interleave(queries, dim=1).unsqueeze(1)
+        mask_B1LL = _repeat_each(mask_BGL, queries, dim=1).unsqueeze(1)
         # the lowest finite number, not -inf: a group that may see nothing stays finite and is dropped by the caller
         scores_BHLL = scores_BHLL.masked_fill(~mask_B1LL, torch.finfo(scores_BHLL.dtype).min)
         weights_BHLL = scores_BHLL.softmax(dim=-1, dtype=torch.float32).to(values_BHLe.dtype)
-        return (weights_BHLL @ values_BHLe).transpose(1, 2).reshape(rows, groups, queries, -1)
+        updates_BLHe = (weights_BHLL @ values_BHLe).transpose(1, 2)
+        # sizes in full: none can be inferred where there are no groups
+        return updates_BLHe.reshape(rows, groups, queries, self.num_heads * values_BHLe.shape[-1])
 
 
 class EmbeddedQuery(nn.Module):
@@ -181,13 +183,13 @@ class EmbeddedQuery(nn.Module):
         image_IMS = self.norm_image(self.down_projection_image(features_IME))
         keys_BLS = self._per_row(attention.key(image_IMS), inputs.image_index_BK)
         values_BLE = self._per_row(attention.value(features_IME), inputs.image_index_BK)
-        mask_BGL = inputs.image_mask_BGK.repeat_interleave(features_IME.shape[1], dim=-1)
+        mask_BGL = _repeat_each(inputs.image_mask_BGK, features_IME.shape[1], dim=-1)
         update_BGQE = attention.attend(
             queries_BGQS, attention.split_heads(keys_BLS), attention.split_heads(values_BLE), mask_BGL
         )
         update_BGQD = self.up_projection(update_BGQE)
         # groups without an image keep their hidden states; so do the paddings of rows with fewer groups
-        sees_image_BG11 = inputs.image_mask_BGK.any(dim=-1)[..., None, None]
+        sees_image_BG11 = _any_last(inputs.image_mask_BGK)[..., None, None]
         update_BLD = torch.where(sees_image_BG11, update_BGQD, 0.0).flatten(1, 2).to(hidden_BTD.dtype)
         return hidden_BTD.scatter_add(1, index_BLD, update_BLD)
 
@@ -197,7 +199,20 @@ class EmbeddedQuery(nn.Module):
         rows, per_row = image_index_BK.shape
         if states_IMX.shape[0] != rows * per_row:  # otherwise every row has exactly K images, already in order
             states_IMX = states_IMX[image_index_BK.flatten()]
-        return states_IMX.reshape(rows, per_row * states_IMX.shape[1], -1)
+        return states_IMX.reshape(rows, per_row * states_IMX.shape[1], states_IMX.shape[2])
+
+
+def _repeat_each(values: Tensor, times: int, dim: int) -> Tensor:
+    """`repeat_interleave` by operations that every exporter and engine has, for empty tensors too."""
+    dim = dim % values.ndim
+    sizes = [-1] * (values.ndim + 1)
+    sizes[dim + 1] = times
+    return values.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
+
+
+def _any_last(values: Tensor) -> Tensor:
+    """`any(dim=-1)` as a sum, False where there is nothing: engines do not agree on the maximum of no values."""
+    return functional.pad(values.long(), (1, 0)).cumsum(-1)[..., -1] > 0
 
 
 class LayerInsertion:
