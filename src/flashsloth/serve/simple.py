@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..inference.conversation import DEFAULT_MAX_NEW_TOKENS
 from ..inference.session import FlashSloth
+from ..inference.structured import FormProcessor
 from .requests import Event, Finished, FinishReason, Overloaded, Piece, Request, TokenLogprob, Usage
 
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
@@ -75,8 +76,6 @@ class OneAtATime:
         return SimpleStatistics(self._waiting.qsize(), self._answered)
 
     def submit(self, request: Request, on_event: Callable[[], None] | None = None) -> SimpleTicket:
-        if request.sampling.grammar is not None:
-            raise ValueError("structured answers need the engine that batches")
         if self._waiting.qsize() >= self.most_waiting:
             raise Overloaded(RETRY_SECONDS)
         ticket = SimpleTicket(request, on_event)
@@ -119,10 +118,13 @@ class OneAtATime:
             clock.lap("preprocess")
         prompt_tokens = inputs["input_ids"].shape[1]
         answer = _Answer(ticket, session, prompt_tokens, clock)
+        grammar = request.sampling.grammar
+        forms = LogitsProcessorList([] if grammar is None else [FormProcessor(grammar)])
         output = session.generate(
             **inputs,
             image_features=features,
             generation_config=self._generation_config(request, prompt_tokens),
+            logits_processor=forms,
             stopping_criteria=StoppingCriteriaList([answer]),
             return_dict_in_generate=True,
             output_logits=request.sampling.top_logprobs is not None,
@@ -184,6 +186,8 @@ class _Answer(StoppingCriteria):
         self.stop: Sequence[str] = ticket.request.sampling.stop
         # log-probabilities are there at the end; the text waits for them
         self.streams = ticket.request.sampling.top_logprobs is None
+        ends = session.model.generation_config.eos_token_id
+        self.ends: Sequence[int] = ends if isinstance(ends, list) else [ends]
         self.sent = ""
         self.stopped = False
         self.begun = False
@@ -205,8 +209,7 @@ class _Answer(StoppingCriteria):
             self._send(text)
         else:
             self._send_logprobs(text, ids, logits)
-        ends = self.session.model.generation_config.eos_token_id
-        ended = ids and ids[-1] in (ends if isinstance(ends, list) else [ends])
+        ended = bool(ids) and ids[-1] in self.ends
         if self.ticket.cancelled.is_set() and not (self.stopped or ended):
             return "cancelled"
         return "stop" if self.stopped or ended else "length"
@@ -237,11 +240,11 @@ class _Answer(StoppingCriteria):
             self.sent = text
 
     def _send_logprobs(self, text: str, ids: list[int], logits: Sequence[Tensor]) -> None:
-        """All of the text, with the tokens that it was made of."""
+        """All of the text, with the tokens that it was made of, without the end of the sequence."""
         top = self.ticket.request.sampling.top_logprobs or 0
         found = []
         for place, (token, logits_1V) in enumerate(zip(ids, logits, strict=True)):
-            if self.stopped and len(self._decode(ids[:place]).strip()) >= len(text):
+            if token in self.ends or (self.stopped and len(self._decode(ids[:place]).strip()) >= len(text)):
                 break
             logprobs_V = logits_1V[0].float().log_softmax(dim=-1)
             values, tokens = logprobs_V.topk(min(top, len(logprobs_V)))

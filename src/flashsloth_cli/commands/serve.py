@@ -140,7 +140,7 @@ def serve(
             messages.say(f"{settings.model_name} is served at {url}/v1 (described at {url}/docs); Ctrl-C stops it")
 
         try:
-            run_server(create_app(running, settings, _make_grammar(engine, session)), listening, say_where)
+            run_server(create_app(running, settings, _make_grammar(session)), listening, say_where)
         finally:
             running.stop()
 
@@ -155,13 +155,13 @@ def _start_engine(name: str, session: FlashSloth, most: int) -> Any:
     return running
 
 
-def _make_grammar(engine: str, session: FlashSloth) -> Any:
-    """None where the engine or the installation has no structured answers."""
+def _make_grammar(session: FlashSloth) -> Any:
+    """None where the installation has no structured answers."""
     from importlib.util import find_spec
 
     from flashsloth.serve.forms import MakeGrammar
 
-    return None if engine == "one-at-a-time" or find_spec("llguidance") is None else MakeGrammar(session)
+    return None if find_spec("llguidance") is None else MakeGrammar(session)
 
 
 def _is_loopback(address: str) -> bool:
