@@ -6,6 +6,7 @@ answer = model.ask("photo.jpg", "What is in the picture?")
 
 from ..checkpoints.loading import DTYPES, load_model, select_device
 from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
+from .explanation import Explanation
 from .session import DEFAULT_MODEL, FlashSloth, load
 from .structured import AnswerForm, compile_form
 
@@ -17,6 +18,7 @@ __all__ = [
     "AnswerForm",
     "AnswerStream",
     "Conversation",
+    "Explanation",
     "FlashSloth",
     "Timings",
     "compile_form",

@@ -6,7 +6,9 @@ Shape suffixes: I images, V views, C channels, H W pixels, P un-pooled patches, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ..model.backbones import CACHE_ARGUMENT
 from ..model.configuration_flashsloth import FlashSlothConfig
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
+from .attention import with_readable_attention
 from .equal_views import encode_distinct_views
 
 _process: int | None = None  # that of the first model
@@ -65,6 +68,8 @@ class Runtime:
         self.model, self.processor, self.name = model, processor, name
         self.share_equal_views = share_equal_views
         self.compile_config: CompileConfig | None = None
+        self._readable: FlashSlothForConditionalGeneration | None = None
+        self._reading = threading.Lock()
         self._thread = RecordingThread() if compile and model.device.type == "cuda" else None
         if compile:
             compile_part(model.model.vision_tower, model.device, dynamic=None)
@@ -102,6 +107,17 @@ class Runtime:
     def generate(self, **arguments: Any) -> Any:
         """As the model's `generate`, in the thread of its CUDA graphs where they are recorded."""
         return self._call(self.model.generate, **arguments)
+
+    @contextmanager
+    def readable_model(self) -> Iterator[FlashSlothForConditionalGeneration]:
+        """The same weights in a model that tells its attention, made at its first use; for one thread at a time.
+
+        The model that answers stays as it is, and may answer meanwhile.
+        """
+        with self._reading:
+            if self._readable is None:
+                self._readable = with_readable_attention(self.model)
+            yield self._readable
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         refuse_after_fork()

@@ -19,6 +19,7 @@ from ..kernels.compilation import check_compiler
 from ..kernels.packed_layers import chosen_kernels, prepare_for_cpu_
 from ..kernels.quantization import check_scheme, quantize_
 from .conversation import Answer, AnswerStream, Conversation
+from .explanation import Explanation, explain_answer
 from .runtime import Runtime, refuse_after_fork
 
 DEFAULT_MODEL = "nano"
@@ -145,6 +146,41 @@ class FlashSloth(Runtime):
     ) -> Conversation:
         """Several turns about the same images, which are encoded once; the cache of earlier turns is used again."""
         return Conversation(self, images, system=system, visual_tokens=visual_tokens)
+
+    def explain(
+        self,
+        images: Any,
+        question: str,
+        *,
+        answer: str | None = None,
+        system: str | None = None,
+        visual_tokens: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Explanation:
+        """Answer a question as `ask` does, and say what the model attended to.
+
+        The answer is that of `ask`; prompt and answer are then read once more, by a second model over the same
+        weights whose attention can be read.
+
+        Args:
+            images, question, system, visual_tokens: as in `ask`; at least one image.
+            answer: explain this answer instead of the model's own.
+            options: further ones of `ask`.
+
+        Raises:
+            ValueError, OSError: as `ask` and `explain_answer`.
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not question.strip():
+            raise ValueError("the question is empty")
+        if answer is None:
+            own = {"system": system, "visual_tokens": visual_tokens}
+            answer = self.ask(images, question, **own, **options).text
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        return explain_answer(self, images, messages, answer, visual_tokens)
 
     @torch.inference_mode()
     def warm_up(self, images: Any, max_new_tokens: int | None = None) -> float:

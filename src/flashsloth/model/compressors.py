@@ -80,10 +80,14 @@ def split_windows(features_NHWE: Tensor, window: int) -> tuple[Tensor, Tensor | 
 
 
 class SpatialAttentionPooling(nn.Module):
-    """SAP (paper section 3.2): a learned softmax over the patches of each window weighs their average."""
+    """SAP (paper section 3.2): a learned softmax over the patches of each window weighs their average.
+
+    `on_weights`, where it is set, is called with the weights of every call: (N, M, K), rows sum to 1.
+    """
 
     uses_window: ClassVar[bool] = True
     any_window: ClassVar[bool] = True
+    on_weights: Callable[[Tensor], None] | None = None
 
     def __init__(self, hidden_size: int, window: int, dropout: float) -> None:
         super().__init__()
@@ -103,6 +107,8 @@ class SpatialAttentionPooling(nn.Module):
     def forward(self, features_NHWE: Tensor, window: int | None = None) -> Tensor:
         windows_NMKE, keep_MK = split_windows(features_NHWE, window or self.window)
         weights_NMK = self.weights(windows_NMKE, keep_MK)
+        if self.on_weights is not None:
+            self.on_weights(weights_NMK)
         return (weights_NMK.unsqueeze(-2) @ windows_NMKE).squeeze(-2)
 
 

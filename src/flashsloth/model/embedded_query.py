@@ -109,7 +109,12 @@ class QueryTokens(nn.Module):
 
 
 class MaskedCrossAttention(nn.Module):
-    """Multi-head attention without output projection, softmax in float32; keys and values may differ in width."""
+    """Multi-head attention without output projection, softmax in float32; keys and values may differ in width.
+
+    `on_weights`, where it is set, is called with the weights of every call: (B, H, G * Q, L) float32, rows sum to 1.
+    """
+
+    on_weights: Callable[[Tensor], None] | None = None
 
     def __init__(self, key_size: int, value_size: int, num_heads: int) -> None:
         super().__init__()
@@ -130,8 +135,10 @@ class MaskedCrossAttention(nn.Module):
         mask_B1LL = _repeat_each(mask_BGL, queries, dim=1).unsqueeze(1)
         # the lowest finite number, not -inf: a group that may see nothing stays finite and is dropped by the caller
         scores_BHLL = scores_BHLL.masked_fill(~mask_B1LL, torch.finfo(scores_BHLL.dtype).min)
-        weights_BHLL = scores_BHLL.softmax(dim=-1, dtype=torch.float32).to(values_BHLe.dtype)
-        updates_BLHe = (weights_BHLL @ values_BHLe).transpose(1, 2)
+        weights_BHLL = scores_BHLL.softmax(dim=-1, dtype=torch.float32)
+        if self.on_weights is not None:
+            self.on_weights(weights_BHLL)
+        updates_BLHe = (weights_BHLL.to(values_BHLe.dtype) @ values_BHLe).transpose(1, 2)
         # sizes in full: none can be inferred where there are no groups
         return updates_BLHe.reshape(rows, groups, queries, self.num_heads * values_BHLe.shape[-1])
 

@@ -213,6 +213,24 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         side = max(width, height)
         return (x + (side - width) // 2) / side, (y + (side - height) // 2) / side
 
+    def view_rectangles(self, image_size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+        """What each view shows, (left, top, right, bottom) in pixels of the image; padding lies beyond its sides.
+
+        Args:
+            image_size: (width, height) of the image in pixels.
+        """
+        left, top, right, bottom = square = _padded_square(*image_size)
+        views = [square if self.do_pad else (0.0, 0.0, float(image_size[0]), float(image_size[1]))]
+        if self.view_grid is not None:
+            rows, columns = self.view_grid
+            width, height = (right - left) / columns, (bottom - top) / rows
+            views += [
+                (left + column * width, top + row * height, left + (column + 1) * width, top + (row + 1) * height)
+                for row in range(rows)
+                for column in range(columns)
+            ]
+        return views
+
 
 def _tiles(
     image: Image.Image, height: int, width: int, grid: Sequence[int], color: tuple[int, ...], resample: int
@@ -263,6 +281,19 @@ def _resize_padded(image: Image.Image, size: tuple[int, int], color: tuple[int, 
         strip.paste(image.crop((0, start, width, stop)), (left, 0))
         narrow.paste(strip.resize((target_width, stop - start), resample), (0, top + start))
     return narrow.resize((target_width, target_height), resample)
+
+
+def _padded_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """The square that `_resize_padded` makes of an image, in pixels of the image."""
+    factor = -(-max(width, height) // MAX_PADDED_SIDE)
+    is_wide = width > height
+    # whole blocks are averaged along the longer side, and the shorter one is padded to whole blocks
+    before_x, before_y = (0 if is_wide else (-width % factor) // 2), ((-height % factor) // 2 if is_wide else 0)
+    columns, rows = -(-width // factor), -(-height // factor)
+    side = max(columns, rows)
+    left = -((side - columns) // 2) * factor - before_x
+    top = -((side - rows) // 2) * factor - before_y
+    return float(left), float(top), float(left + side * factor), float(top + side * factor)
 
 
 def _averaged(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
