@@ -121,7 +121,7 @@ def _loaded(folder):
 
 
 def sees_brightness(model):
-    """Set the weights so that every patch is its own brightness, and EmbQ, SAP and nothing else look for the bright."""
+    """Set the weights so that every patch is its own brightness, and EmbQ and SAP look for the bright."""
     tower, base = model.model.vision_tower, model.model
     with torch.no_grad():
         for parameter in model.parameters():

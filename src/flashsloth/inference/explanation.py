@@ -5,20 +5,23 @@ Shape suffixes: as in `attention`; H W rows and columns of a picture.
 
 from __future__ import annotations
 
+import base64
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
-import torch
 from PIL import Image
 
-from .attention import AttentionMaps, attention_maps
+from ..checkpoints.files import replace_file, write_whole
+from .attention import AttentionMaps
+from .heat import HEAT_STOPS, fit, lay_over, panels
 from .maps import Rectangle, spread
-from .runtime import Runtime
 
 # name -> what it shows, the most telling first
 LAYERS = {
@@ -26,6 +29,12 @@ LAYERS = {
     "sap": "what the image offers (SAP)",
     "decoder": "where the language model looked while it answered",
 }
+
+TEMPLATE = Path(__file__).with_name("explanation.html.jinja")
+ENDINGS = (".png", ".html", ".npz")
+PARTS = ("query", "head")
+LARGEST_SIDE = 1024  # pixels of an image within a page
+LEVELS = 1000  # of a map within a page
 
 
 @dataclass(frozen=True)
@@ -157,21 +166,163 @@ class Explanation:
         weights_T = weights_HQT.mean(axis=(0, 1))
         return [float(weights_T[list(word.tokens)].sum()) for word in self.question_words]
 
-    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Write a picture (.png), a page to look around in (.html), or the arrays (.npz); see `explanation_files`.
+    def save(
+        self, path: str | os.PathLike[str], *, per: str | None = None, layers: Sequence[str] | None = None
+    ) -> Path:
+        """Write the explanation; the file appears whole or not at all.
+
+        Args:
+            path: its ending decides: a picture (.png), a page to look around in (.html), or arrays (.npz).
+            per: "query" or "head": in a picture, EmbQ's attention of each besides the mean; "head" adds the heads to
+                a page, too. Arrays always hold all.
+            layers: which to show, in this order; default all that the model has.
 
         Raises:
-            ValueError: another ending.
+            ValueError: an unknown ending, layer or part.
+            OSError: the file cannot be written.
         """
-        from .explanation_files import save
+        path = Path(path)
+        check_endings([path])
+        if per is not None and per not in PARTS:
+            raise ValueError(f"per is {per!r}; use {' or '.join(PARTS)}")
+        chosen = self._chosen(layers)
+        match path.suffix.lower():
+            case ".png":
+                picture = self.draw(per, chosen)
+                replace_file(path, lambda staging: picture.save(staging, format="PNG"))
+            case ".html":
+                write_whole(path, self.page(chosen, heads=per == "head"))
+            case _:
+                replace_file(path, self._write_arrays)
+        return path
 
-        return save(self, path, **options)
+    def _chosen(self, layers: Sequence[str] | None) -> list[str]:
+        for layer in layers or ():
+            if layer not in self.layers:
+                raise ValueError(f"there is no layer {layer!r}; this model has {', '.join(self.layers)}")
+        return list(self.layers if layers is None else layers)
+
+    def draw(self, per: str | None = None, layers: Sequence[str] | None = None) -> Image.Image:
+        """A picture: a row for each image, with the layers side by side; as `save`."""
+        rows: list[tuple[str, list[tuple[str, Image.Image]]]] = []
+        for number, image in enumerate(self.images):
+            small = fit(image)
+            shown = [("image", small)]
+            for layer in self._chosen(layers):
+                shown.append((f"{layer}: {self.layers[layer]}", lay_over(small, self.over_image(layer, number))))
+            headline = f"{self.question}  {self.answer}" if number == 0 else f"image {number + 1}"
+            rows.append((headline, shown))
+            if per is not None and self.maps.image_HQIVRC is not None:
+                count = self.maps.image_HQIVRC.shape[PARTS.index(per) ^ 1]
+                parts = [
+                    (f"{per} {part}", lay_over(small, self.over_image("embq", number, **{per: part})))
+                    for part in range(count)
+                ]
+                width = len(shown)
+                rows += [(f"EmbQ, per {per}", parts[first : first + width]) for first in range(0, count, width)]
+        return panels(rows)
+
+    def page(self, layers: Sequence[str] | None = None, heads: bool = False) -> str:
+        """A page of HTML that needs nothing else: layers to switch, words to point at."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATE.parent), undefined=jinja2.StrictUndefined, autoescape=True,
+            trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
+        template = environment.get_template(TEMPLATE.name)
+        return template.render(data=self.page_data(layers, heads), layers=self._chosen(layers))
+
+    def page_data(self, layers: Sequence[str] | None = None, heads: bool = False) -> dict[str, Any]:
+        """What the page draws, as plain values."""
+        layers = self._chosen(layers)
+        maps = self.maps
+        queries = 0 if maps.image_HQIVRC is None else maps.image_HQIVRC.shape[1]
+        images = []
+        for number, image in enumerate(self.images):
+            own: dict[str, Any] = {layer: _levels(self.over_image(layer, number)) for layer in layers}
+            if "embq" in layers:
+                own["queries"] = [_levels(self.over_image("embq", number, query=query)) for query in range(queries)]
+                own["words"] = [
+                    _levels(self.over_image("embq", number, word=word))
+                    for word in range(len(self.question_words) if maps.question_HQT is not None else 0)
+                ]
+                if heads and maps.image_HQIVRC is not None:
+                    every = range(maps.image_HQIVRC.shape[0])
+                    own["heads"] = [_levels(self.over_image("embq", number, head=head)) for head in every]
+            if "decoder" in layers:
+                words = range(len(self.answer_words))
+                own["answer"] = [_levels(self.over_image("decoder", number, word=word)) for word in words]
+            images.append({"source": _data_url(image), "width": image.width, "height": image.height, "maps": own})
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "question_words": [word.text for word in self.question_words],
+            "question_weights": self.word_weights(),
+            "answer_words": [word.text for word in self.answer_words],
+            "layers": {layer: self.layers[layer] for layer in layers},
+            "visual_tokens": self.visual_tokens,
+            "probability": self.probability,
+            "stops": HEAT_STOPS,
+            "levels": LEVELS,
+            "cells": self.cells,
+            "images": images,
+        }
+
+    def _write_arrays(self, path: Path) -> None:
+        maps = self.maps
+        arrays: dict[str, Any] = {
+            "sap_weights": maps.pooling_IVRC,
+            "embq_image_attention": maps.image_HQIVRC,
+            "embq_question_attention": maps.question_HQT,
+            "decoder_attention": maps.decoder_LHAN,
+            "decoder_on_grid": maps.decoder_AIVRC,
+            "log_probabilities": maps.log_probabilities_A,
+            "question_ids": np.array(maps.question_ids),
+            "answer_ids": np.array(maps.answer_ids),
+            "question_words": np.array([word.text for word in self.question_words]),
+            "question": np.array(self.question),
+            "answer": np.array(self.answer),
+            "view_rectangles": np.array(self.rectangles),
+            "image_sizes": np.array([image.size for image in self.images]),
+        }
+        for layer in self.layers:
+            for number in range(len(self.images)):
+                arrays[f"{layer}_over_image_{number}"] = self.over_image(layer, number)
+        with path.open("wb") as file:
+            np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def _part(parts: Any, index: int, what: str) -> Any:
     if not 0 <= index < len(parts):
         raise ValueError(f"{what} {index} is not there; there are {len(parts)}, counted from 0")
     return parts[index]
+
+
+def check_endings(paths: Iterable[Path]) -> None:
+    """Refuse files that cannot be written, before anything is done for them.
+
+    Raises:
+        ValueError: another ending than .png, .html or .npz.
+        OSError: no such folder.
+    """
+    for path in paths:
+        if path.suffix.lower() not in ENDINGS:
+            raise ValueError(f"{path}: explanations are written as {', '.join(ENDINGS)}; give one of these endings")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+
+
+def _levels(map_HW: np.ndarray) -> list[int]:
+    most = float(map_HW.max())
+    return (map_HW / (most if most > 0 else 1) * LEVELS).round().astype(int).flatten().tolist()
+
+
+def _data_url(image: Image.Image) -> str:
+    if max(image.size) > LARGEST_SIDE:
+        image = fit(image, LARGEST_SIDE)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if image.width * image.height <= LARGEST_SIDE**2 // 16 else "JPEG", quality=88)
+    kind = "png" if buffer.getvalue()[:4] == b"\x89PNG" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[Word, ...]:
@@ -186,64 +337,3 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[Word, ...]:
         words[-1].append(place)
     texts = [tokenizer.decode([ids[place] for place in word], skip_special_tokens=True).strip() for word in words]
     return tuple(Word(text, tuple(word)) for text, word in zip(texts, words, strict=True) if text)
-
-
-@torch.inference_mode()
-def explain_answer(
-    session: Runtime,
-    images: Sequence[Any],
-    messages: Sequence[dict[str, Any]],
-    answer: str,
-    visual_tokens: int | Sequence[int] | None = None,
-) -> Explanation:
-    """What the model attends to when it gives an answer, whoever gave it.
-
-    Args:
-        images: as in `FlashSloth.ask`; at least one.
-        messages: chat up to the question, as `apply_chat_template` takes it, `{"type": "image"}` parts without source.
-        answer: text.
-        visual_tokens: as in `FlashSloth.ask`.
-
-    Raises:
-        ValueError, OSError: a bad image, none at all, or a prompt that does not fit the context.
-    """
-    if not images:
-        raise ValueError("there is nothing to explain without an image")
-    processor, config = session.processor, session.config
-    counts = session.image_tokens(len(images), visual_tokens)
-    loader = processor.image_processor
-    loaded = [loader.fetch_images(image) for image in images]
-    pixels_IVCHW = loader(loaded, return_tensors="pt")["pixel_values"]
-    features_IPE = session.encode_views(pixels_IVCHW)
-
-    def encode(chat: Sequence[dict[str, Any]], asks: bool) -> Any:
-        options = {"return_tensors": "pt", "return_pixel_values": False, "visual_tokens": counts}
-        return processor.apply_chat_template(
-            list(chat), add_generation_prompt=asks, tokenize=True, return_dict=True, processor_kwargs=options
-        ).to(session.device)
-
-    prompt_1T = encode(messages, True)["input_ids"]
-    answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    inputs = encode([*messages, answered], False)
-    ids_1T, prompt_tokens = inputs["input_ids"], prompt_1T.shape[1]
-    if ids_1T.shape[1] <= prompt_tokens or not torch.equal(ids_1T[:, :prompt_tokens], prompt_1T):
-        raise ValueError(
-            f"the chat template of {session.name} writes an answered question otherwise than an open one, so that the "
-            "answer cannot be told from the prompt; give it add_generation_prompt"
-        )
-    if ids_1T.shape[1] > (context := config.text_config.max_position_embeddings):
-        raise ValueError(f"question and answer have {ids_1T.shape[1]} tokens, {session.name} a context of {context}")
-    with session.readable_model() as model:
-        maps = attention_maps(model, features_IPE, counts, dict(inputs), prompt_tokens)
-    tiles = config.view_grid or (1, 1)
-    return Explanation(
-        question=processor.tokenizer.decode(maps.question_ids).strip(),
-        answer=answer,
-        images=tuple(loaded),
-        rectangles=tuple(tuple(loader.view_rectangles(image.size)) for image in loaded),
-        cells=(config.grid_height * tiles[0], config.grid_width * tiles[1]),
-        maps=maps,
-        question_words=words_of(processor.tokenizer, maps.question_ids),
-        answer_words=words_of(processor.tokenizer, maps.answer_ids),
-        visual_tokens=sum(counts or [config.num_image_tokens] * len(loaded)),
-    )

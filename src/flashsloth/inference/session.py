@@ -19,7 +19,8 @@ from ..kernels.compilation import check_compiler
 from ..kernels.packed_layers import chosen_kernels, prepare_for_cpu_
 from ..kernels.quantization import check_scheme, quantize_
 from .conversation import Answer, AnswerStream, Conversation
-from .explanation import Explanation, explain_answer
+from .explaining import explain_answer
+from .explanation import Explanation
 from .runtime import Runtime, refuse_after_fork
 
 DEFAULT_MODEL = "nano"

@@ -58,8 +58,7 @@ def explain(
       flashsloth explain scene.jpg "what color is the star?" -o map.html -o map.npz
       flashsloth explain scene.jpg "what color is the star?" -o heads.png --layer embq --per head
     """
-    from flashsloth.inference.explanation import LAYERS
-    from flashsloth.inference.explanation_files import PARTS, check_endings
+    from flashsloth.inference.explanation import LAYERS, PARTS, check_endings
 
     options.check_question(question)
     check_endings(output)
