@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("flashsloth_cli.commands.ask:ask", "Ask a question about one or several images."),
     "chat": ("flashsloth_cli.commands.chat:chat", "Talk about an image; it is encoded once."),
     "explain": ("flashsloth_cli.commands.explain:explain", "Show what the model attended to for an answer."),
+    "explain-check": (
+        "flashsloth_cli.commands.explain_check:explain_check",
+        "Measure whether maps of attention tell the truth.",
+    ),
     "info": ("flashsloth_cli.commands.info:info", "Architecture, parameters, visual tokens and memory of a model."),
     "convert": ("flashsloth_cli.commands.convert:convert", "Convert the authors' checkpoints, and back."),
     "data": ("flashsloth_cli.commands.data:app", "Check training data before a GPU is paid for."),

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from .sample import REFERENCE_SIZE, Glyph
+from .sample import REFERENCE_SIZE, Box, Glyph, around
 
 BANK_SIZE = 512
 AUGMENTED_SHARE = 0.6
@@ -53,29 +53,50 @@ def change_levels(image: Image.Image, contrast: float, brightness: float) -> Ima
     return Image.fromarray(table[np.asarray(image)])
 
 
-def rotate(image: Image.Image, angle: float, background: tuple[int, int, int], glyphs: list[Glyph]) -> Image.Image:
-    """Turns the image counter-clockwise around its middle by an angle in degrees; `glyphs` go with it, in place."""
+def rotate(
+    image: Image.Image,
+    angle: float,
+    background: tuple[int, int, int],
+    glyphs: list[Glyph],
+    boxes: list[Box] | None = None,
+) -> Image.Image:
+    """Turns the image counter-clockwise around its middle by an angle in degrees; `glyphs` and `boxes` go with it, in
+    place."""
     middle_x, middle_y = image.width / 2, image.height / 2
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+
+    def turned(x: float, y: float) -> tuple[float, float]:
+        right, down = x - middle_x, y - middle_y
+        return middle_x + cosine * right + sine * down, middle_y - sine * right + cosine * down
+
     for index, glyph in enumerate(glyphs):
-        right, down = glyph.x - middle_x, glyph.y - middle_y
-        x, y = middle_x + cosine * right + sine * down, middle_y - sine * right + cosine * down
-        glyphs[index] = Glyph(glyph.character, x, y)
+        glyphs[index] = Glyph(glyph.character, *turned(glyph.x, glyph.y))
+    boxes = [] if boxes is None else boxes
+    for index, box in enumerate(boxes):
+        corners = [turned(x, y) for x in (box.left, box.right) for y in (box.top, box.bottom)]
+        boxes[index] = around(Box(x, y, x, y) for x, y in corners)
     return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=background)
 
 
 def augment(
-    image: Image.Image, rng: random.Random, background: tuple[int, int, int], glyphs: list[Glyph] | None = None
+    image: Image.Image,
+    rng: random.Random,
+    background: tuple[int, int, int],
+    glyphs: list[Glyph] | None = None,
+    boxes: list[Box] | None = None,
 ) -> Image.Image:
     """Rotation up to 4 degrees, levels, shading, blur, noise and JPEG, each moderate and each only sometimes.
 
     Args:
         glyphs: what is written on the image; moved where it is rotated.
+        boxes: around what is on the image; moved with it.
     """
     if rng.random() >= AUGMENTED_SHARE:
         return image
     if rng.random() < 0.4:
-        image = rotate(image, rng.uniform(-4, 4), background, [] if glyphs is None else glyphs)
+        image = rotate(
+            image, rng.uniform(-4, 4), background, [] if glyphs is None else glyphs, [] if boxes is None else boxes
+        )
     if rng.random() < 0.4:
         image = change_levels(image, rng.uniform(0.75, 1.15), rng.uniform(-20, 20))
     if rng.random() < 0.25:

@@ -10,13 +10,14 @@ from PIL import Image
 from .augment import augment
 from .colours import COLOURS, MIN_DISTANCE, RGB, choose_ink, distance, jitter
 from .fonts import FACE_NAMES, Style, TextDraw, draw_text, fit_height, text_width
-from .sample import REFERENCE_SIZE, Sample, Turn, choose_absent, choose_turns, phrase, yes_no
+from .sample import REFERENCE_SIZE, Box, Sample, Turn, around, choose_absent, choose_turns, phrase, yes_no
 from .words import HELD_OUT_TITLES, LABEL_SETS, choose_title
 
 KINDS = {"vertical": "bar chart", "horizontal": "bar chart", "line": "line chart", "pie": "pie chart"}
 KIND_WEIGHTS = {"vertical": 3, "horizontal": 2, "line": 3, "pie": 3}
 HELD_OUT_SHARE = 1 / 3
 LETTERS = "abcdefghjkmnprstuvwxyz"  # without i, l and o, which look like digits
+ARC_STEPS = 16  # points on the edge of a slice that its box is found from
 MIN_UNITS = 2  # least difference of two values that are compared by eye
 # heights of capitals, in pixels of the reference canvas
 TITLE_HEIGHT, LETTER_HEIGHT, LABEL_HEIGHT, VALUE_HEIGHT, TICK_HEIGHT = 14, 14, 12, 12, 10
@@ -106,30 +107,43 @@ def _choose_style(rng: random.Random, chart: Chart) -> ChartStyle:
 
 
 class _Canvas:
-    """Drawing in reference pixels on a canvas of another size."""
+    """Drawing in reference pixels on a canvas of another size.
+
+    `boxes`, in pixels of the canvas, holds what belongs to each label, and the title behind them.
+    """
 
     def __init__(self, image_size: int, style: ChartStyle) -> None:
         self.scale = image_size / REFERENCE_SIZE
         self.style = style
         self.image = Image.new("RGB", (image_size, image_size), style.paper)
         self.draw = TextDraw(self.image)
+        self.boxes: list[Box] = []
 
-    def text(self, x: float, y: float, text: str, height: int, anchor: str = "mm", fill: RGB | None = None) -> None:
-        scale = self.scale
+    def keep(self, *parts: Box) -> None:
+        """Note what belongs to the next label, in reference pixels."""
+        self.boxes.append(Box(*(edge * self.scale for edge in around(parts))))
+
+    def text(self, x: float, y: float, text: str, height: int, anchor: str = "mm", fill: RGB | None = None) -> Box:
+        scale, width = self.scale, self.width(text, height)
+        left = x - {"l": 0.0, "m": 0.5, "r": 1.0}[anchor[0]] * width
+        written = Box(left, y - height / 2, left + width, y + height / 2)
         height = round(height * scale)
         draw_text(self.draw, (x * scale, y * scale), text, self.style.face, height, fill or self.style.ink, anchor)
+        return written
 
     def line(self, points: Sequence[tuple[float, float]], fill: RGB, width: float) -> None:
         scaled = [(x * self.scale, y * self.scale) for x, y in points]
         self.draw.line(scaled, fill, max(1, round(width * self.scale)), joint="curve" if len(points) > 2 else None)
 
-    def box(self, left: float, top: float, right: float, bottom: float, fill: RGB) -> None:
+    def box(self, left: float, top: float, right: float, bottom: float, fill: RGB) -> Box:
         scale = self.scale
         self.draw.rectangle((left * scale, top * scale, right * scale - 1, bottom * scale - 1), fill)
+        return Box(left, top, right, bottom)
 
-    def dot(self, x: float, y: float, radius: float, fill: RGB) -> None:
-        scale = self.scale
-        self.draw.ellipse([scale * edge for edge in (x - radius, y - radius, x + radius, y + radius)], fill)
+    def dot(self, x: float, y: float, radius: float, fill: RGB) -> Box:
+        drawn = Box(x - radius, y - radius, x + radius, y + radius)
+        self.draw.ellipse([self.scale * edge for edge in drawn], fill)
+        return drawn
 
     def label_height(self, texts: Sequence[str], width: float) -> int:
         """Of category names: single letters may be larger."""
@@ -144,19 +158,18 @@ class _Canvas:
         return max(7, int(fitted / self.scale))
 
 
-def _draw_title(canvas: _Canvas, chart: Chart) -> float:
-    """Draws the title and returns where the plot may begin."""
+def _draw_title(canvas: _Canvas, chart: Chart) -> tuple[float, list[Box]]:
+    """Draws the title and returns where the plot may begin, and where the title is, if there is one."""
     if not chart.title:
-        return 6.0
+        return 6.0, []
     text = canvas.style.cased(chart.title)
-    canvas.text(REFERENCE_SIZE / 2, 12, text, canvas.fit([text], TITLE_HEIGHT, 126))
-    return 24.0
+    return 24.0, [canvas.text(REFERENCE_SIZE / 2, 12, text, canvas.fit([text], TITLE_HEIGHT, 126))]
 
 
 def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     """Vertical bars or a line over named positions."""
     style, count = canvas.style, len(chart.labels)
-    top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - 22.0
+    (top, title), bottom = _draw_title(canvas, chart), REFERENCE_SIZE - 22.0
     left, right = (8.0, REFERENCE_SIZE - 6.0) if chart.printed else (33.0, REFERENCE_SIZE - 6.0)
     if chart.printed:
         top += 18
@@ -181,20 +194,23 @@ def _draw_upright(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     for index, (x, y) in enumerate(zip(centers, tops, strict=True)):
         fill = style.fills[index % len(style.fills)]
         if chart.kind == "line":
-            canvas.dot(x, y, 3.6, style.fills[0])
+            parts = [canvas.dot(x, y, 3.6, style.fills[0])]
         else:
-            canvas.box(x - half, y, x + half, bottom, fill)
-        canvas.text(x, bottom + 11, shown[index], height)
+            parts = [canvas.box(x - half, y, x + half, bottom, fill)]
+        parts.append(canvas.text(x, bottom + 11, shown[index], height))
         if chart.printed:
             around = chart.units[max(0, index - 1) : index + 2]
             offset = 10 if chart.kind != "line" else -12 if chart.units[index] == min(around) else 12
-            canvas.text(x, y - offset, chart.shown(index), VALUE_HEIGHT)
+            parts.append(canvas.text(x, y - offset, chart.shown(index), VALUE_HEIGHT))
+        canvas.keep(*parts)
+    for box in title:
+        canvas.keep(box)
 
 
 def _draw_horizontal(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     """Bars to the right, the first one on top."""
     style, count = canvas.style, len(chart.labels)
-    top, bottom = _draw_title(canvas, chart), REFERENCE_SIZE - (6.0 if chart.printed else 21.0)
+    (top, title), bottom = _draw_title(canvas, chart), REFERENCE_SIZE - (6.0 if chart.printed else 21.0)
     shown = [style.cased(label) for label in chart.labels]
     height = canvas.label_height(shown, 42)
     left = 12 + max(canvas.width(text, height) for text in shown)
@@ -212,16 +228,19 @@ def _draw_horizontal(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     for index, units in enumerate(chart.units):
         y = top + slot * (index + 0.5)
         end = left + units * unit
-        canvas.box(left, y - half, end, y + half, style.fills[index % len(style.fills)])
-        canvas.text(left - 5, y, shown[index], height, "rm")
+        parts = [canvas.box(left, y - half, end, y + half, style.fills[index % len(style.fills)])]
+        parts.append(canvas.text(left - 5, y, shown[index], height, "rm"))
         if chart.printed:
-            canvas.text(end + 3, y, chart.shown(index), VALUE_HEIGHT, "lm")
+            parts.append(canvas.text(end + 3, y, chart.shown(index), VALUE_HEIGHT, "lm"))
+        canvas.keep(*parts)
+    for box in title:
+        canvas.keep(box)
 
 
 def _draw_pie(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
     """Slices with their value, when the colours are the names, or with their name."""
     style = canvas.style
-    top = _draw_title(canvas, chart)
+    top, title = _draw_title(canvas, chart)
     radius = (REFERENCE_SIZE - top - 6) / 2
     x, y = REFERENCE_SIZE / 2, top + radius
     scale = canvas.scale
@@ -236,7 +255,12 @@ def _draw_pie(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
         text = chart.shown(index) if chart.printed else style.cased(chart.labels[index])
         ink = (255, 255, 255) if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 140 else (0, 0, 0)
         canvas.text(x + reach * math.cos(middle), y + reach * math.sin(middle), text, LETTER_HEIGHT, fill=ink)
+        edge = [math.radians(start + (end - start) * step / ARC_STEPS) for step in range(ARC_STEPS + 1)]
+        corners = [(x, y), *((x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in edge)]
+        canvas.keep(*(Box(*corner, *corner) for corner in corners))
         start = end
+    for box in title:
+        canvas.keep(box)
 
 
 DRAWERS = {
@@ -250,8 +274,8 @@ DRAWERS = {
 class _Questions:
     """Question makers over one chart."""
 
-    def __init__(self, chart: Chart) -> None:
-        self.chart = chart
+    def __init__(self, chart: Chart, boxes: Sequence[Box]) -> None:
+        self.chart, self.boxes = chart, boxes
         self.order = sorted(range(len(chart.units)), key=chart.units.__getitem__)
 
     def absent(self) -> list[tuple[str, ...]]:
@@ -269,7 +293,7 @@ class _Questions:
         index = rng.randrange(len(self.chart.labels))
         label = self.chart.labels[index]
         questions = (f"what is the value of {label}?", f"how much is {label}?")
-        return phrase(rng, "chart_value", questions, self.chart.shown(index))
+        return phrase(rng, "chart_value", questions, self.chart.shown(index), boxes=[self.boxes[index]])
 
     def find_value(self, rng: random.Random) -> Turn | None:
         if not self.chart.printed:
@@ -278,15 +302,18 @@ class _Questions:
         if self.chart.units.count(self.chart.units[index]) > 1:
             return None
         shown = self.chart.shown(index)
-        return Turn("chart_find_value", f"which one has the value {shown}?", self.chart.labels[index])
+        boxes = (self.boxes[index],)
+        return Turn("chart_find_value", f"which one has the value {shown}?", self.chart.labels[index], boxes=boxes)
 
     def maximum(self, rng: random.Random) -> Turn:
         questions = ("which one is the highest?", "which one is the largest?", "what has the highest value?")
-        return phrase(rng, "chart_maximum", questions, self.chart.labels[self.order[-1]])
+        index = self.order[-1]
+        return phrase(rng, "chart_maximum", questions, self.chart.labels[index], boxes=[self.boxes[index]])
 
     def minimum(self, rng: random.Random) -> Turn:
         questions = ("which one is the lowest?", "which one is the smallest?", "what has the lowest value?")
-        return phrase(rng, "chart_minimum", questions, self.chart.labels[self.order[0]])
+        index = self.order[0]
+        return phrase(rng, "chart_minimum", questions, self.chart.labels[index], boxes=[self.boxes[index]])
 
     def compare(self, rng: random.Random) -> Turn | None:
         low, high = sorted(rng.sample(self.order, 2), key=self.chart.units.__getitem__)
@@ -295,9 +322,10 @@ class _Questions:
         more, less = self.chart.labels[high], self.chart.labels[low]
         truth = rng.random() < 0.5
         first, second = (more, less) if truth else (less, more)
+        boxes = (self.boxes[low], self.boxes[high])
         if rng.random() < 0.4:
-            return Turn("chart_compare", f"which is larger, {first} or {second}?", more)
-        return Turn("chart_compare", f"is {first} larger than {second}?", yes_no(truth))
+            return Turn("chart_compare", f"which is larger, {first} or {second}?", more, boxes=boxes)
+        return Turn("chart_compare", f"is {first} larger than {second}?", yes_no(truth), boxes=boxes)
 
     def trend(self, rng: random.Random) -> Turn | None:
         rising = self.order == list(range(len(self.order)))
@@ -309,7 +337,8 @@ class _Questions:
     def title(self, rng: random.Random) -> Turn | None:
         if not self.chart.title:
             return None
-        return phrase(rng, "chart_title", ("what is the title?", "what is the chart about?"), self.chart.title)
+        questions = ("what is the title?", "what is the chart about?")
+        return phrase(rng, "chart_title", questions, self.chart.title, boxes=self.boxes[-1:])
 
     def count(self, rng: random.Random) -> Turn:
         noun = {"line": "points", "pie": "slices"}.get(self.chart.kind, "bars")
@@ -326,14 +355,14 @@ def render_chart(rng: random.Random, test: bool, image_size: int, turns: int) ->
     style = _choose_style(rng, chart)
     canvas = _Canvas(image_size, style)
     DRAWERS[chart.kind](canvas, chart, rng)
-    image = augment(canvas.image, rng, style.paper, canvas.draw.glyphs)
+    image = augment(canvas.image, rng, style.paper, canvas.draw.glyphs, canvas.boxes)
 
     readable = chart.printed or chart.kind != "pie"
     parts = [f"{label} {chart.shown(index)}" if readable else label for index, label in enumerate(chart.labels)]
     if not readable:  # slices without numbers: largest first
         parts = [chart.labels[index] for index in sorted(range(len(parts)), key=lambda i: -chart.units[i])]
     name = KINDS[chart.kind] + (f" titled {chart.title}" if chart.title else "")
-    ask = _Questions(chart)
+    ask = _Questions(chart, canvas.boxes)
     makers = [
         (2.0, ask.value), (0.8, ask.find_value), (1.0, ask.maximum), (1.0, ask.minimum), (1.3, ask.compare),
         (2.5, ask.trend), (1.0, ask.title), (0.4, ask.count), (0.25, ask.kind),

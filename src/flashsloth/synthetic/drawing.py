@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def _row(sample: Sample) -> dict[str, Any]:
     sample.image.save(buffer, "PNG")
     rest = {
         "caption": sample.caption,
-        "turns": [asdict(turn) for turn in sample.turns],
+        # boxes would have to move with the image, which is rotated when it is read
+        "turns": [asdict(replace(turn, boxes=())) for turn in sample.turns],
         "glyphs": [(glyph.character, round(glyph.x, 1), round(glyph.y, 1)) for glyph in sample.glyphs],
         "held_out": sample.held_out,
     }

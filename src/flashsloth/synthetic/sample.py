@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -12,6 +12,21 @@ SPLIT_IDS: dict[str, int] = {"train": 0, "test": 1}
 REFERENCE_SIZE = 144  # every length in the renderers is given for a canvas of this many pixels
 
 Item = TypeVar("Item")
+
+
+class Box(NamedTuple):
+    """A rectangle with its sides in pixels from the left and upper side of the image."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def around(boxes: Iterable[Box]) -> Box:
+    """The smallest box that holds all of at least one."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return Box(min(lefts), min(tops), max(rights), max(bottoms))
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,7 @@ class Turn:
     answer: str
     meaning: str = field(default="", repr=False, compare=False)  # the same for all wordings of a question
     kept_wording: bool = field(default=False, repr=False, compare=False)  # never asked like this in training
+    boxes: tuple[Box, ...] = field(default=(), repr=False, compare=False)  # what it asks about, where that is known
 
 
 @dataclass(frozen=True)
@@ -90,16 +106,22 @@ def choose_turns(rng: random.Random, makers: Sequence[tuple[float, TurnMaker]], 
 
 
 def phrase(
-    rng: random.Random, task: str, questions: Sequence[str], answer: str, kept_for_test: Sequence[str] = ()
+    rng: random.Random,
+    task: str,
+    questions: Sequence[str],
+    answer: str,
+    kept_for_test: Sequence[str] = (),
+    boxes: Iterable[Box] = (),
 ) -> Turn:
     """A turn with one of several wordings.
 
     Args:
         questions: wordings of the same question.
         kept_for_test: further ones, which half of the questions take; give them in the test split only.
+        boxes: of the turn.
     """
     kept = bool(kept_for_test) and rng.random() < 0.5
-    return Turn(task, rng.choice(kept_for_test if kept else questions), answer, questions[0], kept)
+    return Turn(task, rng.choice(kept_for_test if kept else questions), answer, questions[0], kept, tuple(boxes))
 
 
 NOTHING = "none"  # the answer to a question about what is not there

@@ -11,6 +11,7 @@ from .augment import augment
 from .colours import COLOURS, choose_background, jitter
 from .sample import (
     REFERENCE_SIZE,
+    Box,
     Sample,
     Turn,
     choose_absent,
@@ -135,8 +136,9 @@ def _place(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> list[Thing]:
 class _Questions:
     """Question makers over one scene."""
 
-    def __init__(self, rng: random.Random, things: Sequence[Thing], test: bool) -> None:
+    def __init__(self, rng: random.Random, things: Sequence[Thing], boxes: Sequence[Box], test: bool) -> None:
         self.things = things
+        self.boxes = dict(zip(things, boxes, strict=True))
         self.by_shape = {shape: [thing for thing in things if thing.shape == shape] for shape in SHAPES}
         self.by_colour = {colour: [thing for thing in things if thing.colour == colour] for colour in COLOURS}
         self.lone_shapes = [found[0] for found in self.by_shape.values() if len(found) == 1]
@@ -179,22 +181,24 @@ class _Questions:
             return None
         thing = rng.choice(self.lone_shapes)
         questions = (f"what color is the {thing.shape}?", f"what colour is the {thing.shape}?")
-        return phrase(rng, "scene_colour", questions, thing.colour)
+        return phrase(rng, "scene_colour", questions, thing.colour, boxes=[self.boxes[thing]])
 
     def shape(self, rng: random.Random) -> Turn | None:
         if not self.lone_colours:
             return None
         thing = rng.choice(self.lone_colours)
         questions = (f"what shape is the {thing.colour} object?", f"which shape is {thing.colour}?")
-        return phrase(rng, "scene_shape", questions, thing.shape)
+        return phrase(rng, "scene_shape", questions, thing.shape, boxes=[self.boxes[thing]])
 
     def size(self, rng: random.Random) -> Turn | None:
         size = rng.choice(list(RADII))
         options = [thing for thing in self.calls if thing.size == size]
         if not options:
             return None
-        call = self.calls[rng.choice(options)]
-        return phrase(rng, "scene_size", (f"is the {call} large or small?", f"what size is the {call}?"), size)
+        thing = rng.choice(options)
+        call, boxes = self.calls[thing], [self.boxes[thing]]
+        questions = (f"is the {call} large or small?", f"what size is the {call}?")
+        return phrase(rng, "scene_size", questions, size, boxes=boxes)
 
     def count(self, rng: random.Random) -> Turn:
         nouns: dict[int, list[str]] = {len(self.things): ["objects"]}
@@ -215,13 +219,13 @@ class _Questions:
         thing = rng.choice(corners)
         call = self.calls[thing]
         row, column = "top" if thing.y < middle else "bottom", "left" if thing.x < middle else "right"
-        kind = rng.randrange(4)
+        kind, boxes = rng.randrange(4), (self.boxes[thing],)
         if kind == 0:
-            return Turn("scene_position", f"is the {call} on the left or on the right?", column)
+            return Turn("scene_position", f"is the {call} on the left or on the right?", column, boxes=boxes)
         if kind == 1:
-            return Turn("scene_position", f"is the {call} at the top or at the bottom?", row)
+            return Turn("scene_position", f"is the {call} at the top or at the bottom?", row, boxes=boxes)
         questions = (f"where is the {call}?", f"in which corner is the {call}?")
-        return phrase(rng, "scene_position", questions, f"{row} {column}")
+        return phrase(rng, "scene_position", questions, f"{row} {column}", boxes=boxes)
 
     def what_at(self, rng: random.Random) -> Turn | None:
         middle = REFERENCE_SIZE / 2
@@ -244,7 +248,7 @@ class _Questions:
             return None
         place = rng.choice(places)
         questions = (f"what is at the {place}?", f"which object is at the {place}?")
-        return phrase(rng, "scene_what_at", questions, single[place].name)
+        return phrase(rng, "scene_what_at", questions, single[place].name, boxes=[self.boxes[single[place]]])
 
     def compare_count(self, rng: random.Random) -> Turn | None:
         by_colour = rng.random() < 0.4
@@ -268,12 +272,15 @@ class _Questions:
         small = [thing for thing in self.calls if thing.size == "small"]
         if not large or not small:
             return None
-        big, little = self.calls[rng.choice(large)], self.calls[rng.choice(small)]
+        things = rng.choice(large), rng.choice(small)
+        big, little = (self.calls[thing] for thing in things)
+        boxes = tuple(self.boxes[thing] for thing in things)
         truth = rng.random() < 0.5
         first, second = (big, little) if truth else (little, big)
         if rng.random() < 0.5:
-            return Turn("scene_compare_size", f"is the {first} larger than the {second}?", yes_no(truth))
-        return Turn("scene_compare_size", f"which is larger, the {first} or the {second}?", big)
+            question = f"is the {first} larger than the {second}?"
+            return Turn("scene_compare_size", question, yes_no(truth), boxes=boxes)
+        return Turn("scene_compare_size", f"which is larger, the {first} or the {second}?", big, boxes=boxes)
 
     def relation(self, rng: random.Random) -> Turn | None:
         horizontal = rng.random() < 0.5
@@ -282,16 +289,19 @@ class _Questions:
         options = [(a, b) for a in where for b in where if where[b] - where[a] > MIN_OFFSET]
         if not options:
             return None
-        first, second = (self.calls[thing] for thing in rng.choice(options))
+        things = rng.choice(options)
+        first, second = (self.calls[thing] for thing in things)
+        boxes = tuple(self.boxes[thing] for thing in things)
         word, opposite = low, high
         if rng.random() < 0.5:
             first, second, word, opposite = second, first, high, low
         if rng.random() < 0.4:
             sides = "left or right of" if horizontal else "above or below"
-            return Turn("scene_relation", f"is the {first} {sides} the {second}?", word.removesuffix(" of"))
+            question = f"is the {first} {sides} the {second}?"
+            return Turn("scene_relation", question, word.removesuffix(" of"), boxes=boxes)
         truth = rng.random() < 0.5
         question = f"is the {first} {word if truth else opposite} the {second}?"
-        return Turn("scene_relation", question, yes_no(truth))
+        return Turn("scene_relation", question, yes_no(truth), boxes=boxes)
 
 
 def render_scene(rng: random.Random, test: bool, image_size: int, turns: int) -> Sample:
@@ -307,11 +317,16 @@ def render_scene(rng: random.Random, test: bool, image_size: int, turns: int) ->
     for thing in things:
         fill = jitter(rng, COLOURS[thing.colour], 10)
         draw_shape(draw, thing.shape, thing.x * scale, thing.y * scale, thing.radius * scale, fill)
-    image = augment(image.reduce(SUPERSAMPLING), rng, background)
+    pixels = image_size / REFERENCE_SIZE
+    boxes = [
+        Box(*(pixels * edge for edge in (x - radius, y - radius, x + radius, y + radius)))
+        for x, y, radius in ((thing.x, thing.y, thing.radius) for thing in things)
+    ]
+    image = augment(image.reduce(SUPERSAMPLING), rng, background, boxes=boxes)
 
     ordered = sorted(things, key=lambda thing: (int(3 * thing.y / REFERENCE_SIZE), thing.x))
     caption = ", ".join(f"{thing.size} {thing.name} {place_name(thing.x, thing.y)}" for thing in ordered)
-    ask = _Questions(rng, things, test)
+    ask = _Questions(rng, things, boxes, test)
     makers = [
         (1.0, ask.exists), (1.4, ask.colour), (1.2, ask.shape), (0.6, ask.size), (1.1, ask.count),
         (1.2, ask.position), (0.8, ask.what_at), (0.8, ask.compare_count), (0.8, ask.compare_size),

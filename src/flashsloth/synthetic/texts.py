@@ -2,14 +2,25 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
 from .augment import augment
 from .colours import RGB, choose_ink
 from .fonts import FACE_NAMES, Style, TextDraw, draw_text, fit_height, text_width
-from .sample import REFERENCE_SIZE, Glyph, Sample, Turn, TurnMaker, choose_absent, choose_turns, phrase, yes_no_maker
+from .sample import (
+    REFERENCE_SIZE,
+    Box,
+    Glyph,
+    Sample,
+    Turn,
+    TurnMaker,
+    choose_absent,
+    choose_turns,
+    phrase,
+    yes_no_maker,
+)
 from .words import (
     HELD_OUT,
     HELD_OUT_ITEMS,
@@ -39,6 +50,7 @@ class Page:
     ground: RGB  # colour at the border
     glyphs: list[Glyph]
     absent: Sequence[Sequence[str]] = ()  # questions about what is not there, in all their wordings
+    boxes: list[Box] = field(default_factory=list)  # that the makers give to their questions
 
 
 def _choose_style(rng: random.Random) -> Style:
@@ -175,31 +187,40 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
         draw_text(draw, (size / 2, y), style.cased(heading), style.face, height, style.ink)
         draw.line((8 * scale, y + pitch / 2, size - 8 * scale, y + pitch / 2), style.ink, max(1, round(scale)))
         y += pitch
+    boxes: list[Box] = []  # an item, its price, the next item, ...
     for left, right in rows:
         draw_text(draw, (8 * scale, y), left, style.face, height, style.ink, "lm")
         draw_text(draw, (size - 9 * scale, y), right, style.face, height, style.ink, "rm")
+        above, below = y - height / 2, y + height / 2
+        boxes.append(Box(8 * scale, above, 8 * scale + text_width(style.face, height, left), below))
+        edge = size - 9 * scale
+        boxes.append(Box(edge - text_width(style.face, height, right), above, edge, below))
         y += pitch
+
+    def row(*indices: int) -> list[Box]:
+        return [boxes[2 * index + side] for index in indices for side in (0, 1)]
 
     def price(rng: random.Random) -> Turn:
         index = rng.randrange(count)
         questions = (f"how much is the {items[index]}?", f"what is the price of the {items[index]}?")
-        return phrase(rng, "receipt_price", questions, str(prices[index]))
+        return phrase(rng, "receipt_price", questions, str(prices[index]), boxes=row(index))
 
     def item(rng: random.Random) -> Turn:
         index = rng.randrange(count)
         questions = (f"what costs {prices[index]}?", f"which item costs {prices[index]}?")
-        return phrase(rng, "receipt_item", questions, items[index])
+        return phrase(rng, "receipt_item", questions, items[index], boxes=row(index))
 
     def total(rng: random.Random) -> Turn:
         first, second = rng.sample(range(count), 2)
         assert prices[first] + prices[second] <= LARGEST_SUM
         question = f"how much are the {items[first]} and the {items[second]} together?"
-        return Turn("receipt_total", question, str(prices[first] + prices[second]))
+        return Turn("receipt_total", question, str(prices[first] + prices[second]), boxes=tuple(row(first, second)))
 
     def cheapest(rng: random.Random) -> Turn:
-        if rng.random() < 0.5:
-            return Turn("receipt_extreme", "what is the cheapest item?", items[prices.index(min(prices))])
-        return Turn("receipt_extreme", "what is the most expensive item?", items[prices.index(max(prices))])
+        word, index = "cheapest", prices.index(min(prices))
+        if rng.random() >= 0.5:
+            word, index = "most expensive", prices.index(max(prices))
+        return Turn("receipt_extreme", f"what is the {word} item?", items[index], boxes=tuple(row(index)))
 
     def number(rng: random.Random) -> Turn:
         return Turn("receipt_count", "how many items are there?", str(count))
@@ -213,7 +234,9 @@ def _draw_receipt(rng: random.Random, test: bool, size: int, style: Style) -> Pa
         if name not in items
         for wordings in ((f"how much is the {name}?", f"what is the price of the {name}?"),)
     ]
-    return Page(image, caption, makers, any(name in HELD_OUT for name in items), style.paper, draw.glyphs, absent)
+    return Page(
+        image, caption, makers, any(name in HELD_OUT for name in items), style.paper, draw.glyphs, absent, boxes
+    )
 
 
 def _draw_table(rng: random.Random, test: bool, size: int, style: Style) -> Page:
@@ -290,7 +313,7 @@ def render_text(rng: random.Random, test: bool, image_size: int, turns: int) -> 
     layout = rng.choices(list(LAYOUT_WEIGHTS), list(LAYOUT_WEIGHTS.values()))[0]
     style = _choose_style(rng)
     page = LAYOUTS[layout](rng, test, image_size, style)
-    image = augment(page.image, rng, page.ground, page.glyphs)
+    image = augment(page.image, rng, page.ground, page.glyphs, page.boxes)
     chosen = choose_turns(rng, page.makers, turns)
     absent = choose_absent(rng, "text_absent", page.absent)
     return Sample(image, "text", page.caption, chosen, page.held_out, page.glyphs, absent)
