@@ -12,7 +12,8 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.data.collator import Collator
 from flashsloth.data.dataset import build_dataset
 from flashsloth.data.schema import Sample
-from flashsloth.evaluate.synthetic import answer_batch, evaluate, replaced_compressor, zeroed_embedded_query
+from flashsloth.evaluate.ablations import replaced_compressor, zeroed_embedded_query
+from flashsloth.evaluate.synthetic import answer_batch, evaluate
 from flashsloth.train.build import build, build_processor
 from flashsloth.train.freeze import PART_NAMES, part_of, set_trainable_parts
 from flashsloth.train.optimization import ProgressScheduler, build_optimizer, orthogonalise

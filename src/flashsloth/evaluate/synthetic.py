@@ -1,20 +1,15 @@
-"""Exact match of a model on held-out synthetic images, by task and family, and ablations of the loaded model."""
+"""Exact match of a model on held-out synthetic images, by task and family."""
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..data.sources import resolve_folder
 from ..inference import FlashSloth
 from ..inference.batches import Record, answer, prepare
-from ..model.compressors import COMPRESSORS
 from ..model.modeling_flashsloth import FlashSlothForConditionalGeneration
 from ..model.processing_flashsloth import FlashSlothProcessor
 from ..synthetic import Photographs, SyntheticDataset, exact_match
@@ -51,6 +46,22 @@ class Report:
     majority: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
     """The answer most frequent for the task in the training split, by task, by family and over all."""
 
+    def add(self, family: str, task: str, held_out: bool, given: str, answer: str, majority: Mapping[str, str]) -> None:
+        """Score one answer.
+
+        Args:
+            task: `family/task`.
+            majority: the most frequent answers, by the same.
+        """
+        is_correct = exact_match(given, answer)
+        scores: Iterable[Score] = (self.overall, self.families[family], self.tasks[task])
+        for score in scores:
+            score.add(is_correct)
+        if held_out:
+            self.held_out.add(is_correct)
+        for key in (ALL, family, task):
+            self.majority[key].add(exact_match(majority.get(task, ""), answer))
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, accuracies included."""
 
@@ -69,52 +80,12 @@ class Report:
         }
 
 
-@contextmanager
-def zeroed_embedded_query(model: FlashSlothForConditionalGeneration) -> Iterator[None]:
-    """Inside, the embedded query module adds nothing to the query tokens.
-
-    Raises:
-        ValueError: the model has no such module.
-    """
-    if model.model.embedded_query is None:
-        raise ValueError("the model has no embedded query module to zero (num_query_tokens is 0)")
-
-    def add_nothing(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return torch.zeros_like(output)
-
-    # the update of the queries is the output of the last linear layer
-    handle = model.model.embedded_query.up_projection.register_forward_hook(add_nothing)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def replaced_compressor(model: FlashSlothForConditionalGeneration, name: str) -> Iterator[None]:
-    """Inside, another compressor stands in place of the trained one, without retraining.
-
-    Raises:
-        ValueError: unknown name, or one whose tokens do not fit the projector and the prompt.
-    """
-    if name not in COMPRESSORS:
-        raise ValueError(f"unknown compressor {name!r}; known are {', '.join(COMPRESSORS)}")
-    config = model.config
-    other = COMPRESSORS[name](config.vision_config.hidden_size, config.compressor_window, 0.0)
-    original = model.model.compressor
-    if other.out_features != original.out_features or other.uses_window != original.uses_window:
-        raise ValueError(f"compressor {name!r} gives other tokens than {config.compressor!r}; it needs retraining")
-    model.model.compressor = other.to(model.device, model.dtype).eval()
-    try:
-        yield
-    finally:
-        model.model.compressor = original
-
-
-def majority_answers(dataset: SyntheticDataset) -> dict[str, str]:
-    """The most frequent answer of each task of a (training) dataset, keys `family/task`."""
+def majority_answers(dataset: SyntheticDataset, family: str | None = None) -> dict[str, str]:
+    """The most frequent answer of each task of a (training) dataset, keys `family/task`; of one family where given."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for index in range(len(dataset)):
+        if family not in (None, dataset.family(index)):
+            continue
         sample = dataset.sample(index)
         for turn in sample.turns:
             counts[f"{sample.family}/{turn.task}"][turn.answer] += 1
@@ -224,15 +195,7 @@ def _score(
     asked = [turn.question for *_, turn in questions]
     answers = answer_batch(model, processor, images, asked, max_new_tokens, visual_tokens)
     for (_, family, held_out, turn), given in zip(questions, answers, strict=True):
-        task = f"{family}/{turn.task}"
-        is_correct = exact_match(given, turn.answer)
-        scores: Iterable[Score] = (report.overall, report.families[family], report.tasks[task])
-        for score in scores:
-            score.add(is_correct)
-        if held_out:
-            report.held_out.add(is_correct)
-        for key in (ALL, family, task):
-            report.majority[key].add(exact_match(majority.get(task, ""), turn.answer))
+        report.add(family, f"{family}/{turn.task}", held_out, given, turn.answer, majority)
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -1,5 +1,6 @@
 """`render` one image of a family, or a `SyntheticDataset` of many as chat messages."""
 
+import random
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -155,12 +156,19 @@ class SyntheticDataset:
     def __len__(self) -> int:
         return self.size
 
+    def family(self, index: int) -> str:
+        """The family of an index, without drawing it."""
+        return self._draw(index)[1]
+
+    def _draw(self, index: int) -> tuple[random.Random, str]:
+        rng = make_generator(self.split, self.seed, index)
+        return rng, rng.choices(list(self.weights), list(self.weights.values()))[0]
+
     def sample(self, index: int) -> Sample:
         """The rendered sample of an index."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} of a dataset of {self.size}")
-        rng = make_generator(self.split, self.seed, index)
-        family = rng.choices(list(self.weights), list(self.weights.values()))[0]
+        rng, family = self._draw(index)
         # even seeds train, odd seeds test
         seed = 2 * rng.getrandbits(62) + split_id(self.split)
         turns = self.turns * (SPARE_TURNS if self.question_shares else 1)

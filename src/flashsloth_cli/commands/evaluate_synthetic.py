@@ -52,7 +52,8 @@ def evaluate_synthetic(
     from transformers.utils import logging
 
     from flashsloth.checkpoints import hub
-    from flashsloth.evaluate.synthetic import ALL, evaluate, replaced_compressor, write_report, zeroed_embedded_query
+    from flashsloth.evaluate.ablations import replaced_compressor, zeroed_embedded_query
+    from flashsloth.evaluate.synthetic import ALL, evaluate, write_report
     from flashsloth.train.build import load
 
     logging.disable_progress_bar()
