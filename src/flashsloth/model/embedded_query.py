@@ -171,10 +171,14 @@ class EmbeddedQuery(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, inputs: EmbeddedQueryInputs) -> Tensor:
         """Hidden states with the queries updated, as a new tensor; every other position is returned unchanged."""
-        rows, groups, queries = inputs.query_index_BGQ.shape
         index_BL = inputs.query_index_BGQ.flatten(1)
         index_BLD = index_BL.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+        return hidden_BTD.scatter_add(1, index_BLD, self.updates(hidden_BTD, inputs))
 
+    def updates(self, hidden_BTD: Tensor, inputs: EmbeddedQueryInputs) -> Tensor:
+        """What is added to the hidden states of the queries: (B, G * Q, D), zeros where a group sees no image."""
+        _, groups, queries = inputs.query_index_BGQ.shape
+        index_BL = inputs.query_index_BGQ.flatten(1)
         text_BTS = self.down_projection_text(hidden_BTD)
         queries_BLS = text_BTS.gather(1, index_BL.unsqueeze(-1).expand(-1, -1, text_BTS.shape[-1]))
         queries_BGQS = self.norm_query(queries_BLS).unflatten(1, (groups, queries))
@@ -197,8 +201,7 @@ class EmbeddedQuery(nn.Module):
         update_BGQD = self.up_projection(update_BGQE)
         # groups without an image keep their hidden states; so do the paddings of rows with fewer groups
         sees_image_BG11 = _any_last(inputs.image_mask_BGK)[..., None, None]
-        update_BLD = torch.where(sees_image_BG11, update_BGQD, 0.0).flatten(1, 2).to(hidden_BTD.dtype)
-        return hidden_BTD.scatter_add(1, index_BLD, update_BLD)
+        return torch.where(sees_image_BG11, update_BGQD, 0.0).flatten(1, 2).to(hidden_BTD.dtype)
 
     @staticmethod
     def _per_row(states_IMX: Tensor, image_index_BK: Tensor) -> Tensor:
