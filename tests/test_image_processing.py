@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flashsloth.model import image_processing_flashsloth
+from flashsloth.model import image_views
 from flashsloth.model.image_loading import load_image
 from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
 
@@ -85,7 +85,7 @@ def test_views_equal_a_plain_computation(width, height, rows, columns, strip_pix
         size={"height": view[0], "width": view[1]}, view_grid=[rows, columns], image_mean=mean, image_std=std
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_processing_flashsloth, "STRIP_PIXELS", strip_pixels)
+        patch.setattr(image_views, "STRIP_PIXELS", strip_pixels)
         pixels = processor(image)["pixel_values"]
     np.testing.assert_array_equal(pixels[0], expected)
 
@@ -104,7 +104,7 @@ def test_an_image_beyond_the_largest_square_gives_about_the_same_tiles(size, mon
         size={"height": 8, "width": 8}, view_grid=[2, 2], do_normalize=False, do_rescale=False
     )
     exact = processor(image)["pixel_values"]
-    monkeypatch.setattr(image_processing_flashsloth, "MAX_PADDED_SIDE", 64)
+    monkeypatch.setattr(image_views, "MAX_PADDED_SIDE", 64)
     averaged = processor(image)["pixel_values"]
     assert averaged.shape == exact.shape
     np.testing.assert_array_equal(averaged[:, 0], exact[:, 0])

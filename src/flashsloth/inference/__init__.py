@@ -5,7 +5,8 @@ answer = model.ask("photo.jpg", "What is in the picture?")
 """
 
 from ..checkpoints.loading import DTYPES, load_model, select_device
-from .conversation import DEFAULT_MAX_NEW_TOKENS, Answer, AnswerStream, Conversation, Timings
+from .answer import Answer, Timings
+from .conversation import DEFAULT_MAX_NEW_TOKENS, AnswerStream, Conversation
 from .explanation import Explanation
 from .session import DEFAULT_MODEL, FlashSloth, load
 from .structured import AnswerForm, compile_form

@@ -18,7 +18,8 @@ from ..checkpoints.untrusted import read_config
 from ..kernels.compilation import check_compiler
 from ..kernels.packed_layers import chosen_kernels, prepare_for_cpu_
 from ..kernels.quantization import check_scheme, quantize_
-from .conversation import Answer, AnswerStream, Conversation
+from .answer import Answer
+from .conversation import AnswerStream, Conversation
 from .explaining import explain_answer
 from .explanation import Explanation
 from .runtime import Runtime, refuse_after_fork

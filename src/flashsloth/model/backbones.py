@@ -106,8 +106,7 @@ def run_tower(tower: nn.Module, pixel_values_ICHW: Tensor, grid: tuple[int, int]
         # unfold orders a patch as (channel, y, x); these encoders were trained on (y, x, channel)
         patches_IPF = columns_IFP.view(images, -1, patch[0] * patch[1], patches).permute(0, 3, 2, 1).flatten(2)
         shapes_I2 = torch.tensor([grid], device=pixel_values_ICHW.device).expand(images, 2)
-        mask_IP = torch.ones(images, patches, dtype=torch.long, device=pixel_values_ICHW.device)
-        output = tower(pixel_values=patches_IPF, pixel_attention_mask=mask_IP, spatial_shapes=shapes_I2, **options)
+        output = tower(pixel_values=patches_IPF, pixel_attention_mask=None, spatial_shapes=shapes_I2, **options)
     else:
         output = tower(pixel_values=pixel_values_ICHW, **options)
     states = output.last_hidden_state, *(output.hidden_states or ())

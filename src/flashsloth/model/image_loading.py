@@ -6,13 +6,13 @@ Reads the source within its limits; `image_decoding` makes pixels of it.
 import base64
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from typing import IO, Any
 from urllib.parse import unquote_to_bytes, urlparse
 from urllib.request import url2pathname
 
 import numpy as np
-import torch
 from PIL import Image
 
 from .image_decoding import check_size, decode_image, describe, shorten
@@ -64,15 +64,21 @@ def load_image(
         raise ValueError(f"alpha_background must be None or three values in 0..255, got {alpha_background!r}")
     if isinstance(source, Image.Image):
         return decode_image(source, "the given PIL image", max_pixels, alpha_background)
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         image = _image_from_array(source, input_data_format, max_pixels)
         return decode_image(image, "the given array", max_pixels, alpha_background)
     data, name = _read(source, max_bytes, timeout, allow_private_urls)
     return decode_image(data, name, max_pixels, alpha_background)
 
 
-def _image_from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None, max_pixels: int) -> Image.Image:
-    if isinstance(array, torch.Tensor):
+def _is_tensor(source: Any) -> bool:
+    """Whether it is a tensor of torch, which is not imported for that: who has a tensor has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
+def _image_from_array(array: Any, input_data_format: str | None, max_pixels: int) -> Image.Image:
+    if _is_tensor(array):
         try:
             array = array.detach().cpu()
             array = (array.float() if array.is_floating_point() else array).numpy()

@@ -7,19 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
 from .image_loading import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, DEFAULT_TIMEOUT_SECONDS, load_image
-
-# Pixels of the padded square held at a time while its rows are resized.
-STRIP_PIXELS = 1 << 24
-# Padding to a square costs the square of the longer side, however little there is of the image.
-MAX_PADDED_SIDE = 12_288
-COLOR_LEVELS = 256
+from .image_views import apply_table, padded_square, padding_color, value_table, views_of
 
 
 class FlashSlothImageProcessorKwargs(ImagesKwargs, total=False):
@@ -162,7 +156,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         do_pad = self.do_pad if do_pad is None else do_pad
         resample = self.resample if resample is None else int(resample)
         background = self.alpha_background if alpha_background is None else alpha_background
-        table = _value_table(
+        table = value_table(
             (self.rescale_factor if rescale_factor is None else rescale_factor)
             if (self.do_rescale if do_rescale is None else do_rescale)
             else None,
@@ -173,7 +167,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
             raise ValueError("no images were given")
         views = 1 if grid is None else 1 + grid[0] * grid[1]
         height, width = size["height"], size["width"]
-        color = tuple(int(255 * value) for value in mean)
+        color = padding_color(mean)
         levels_IVHWC = np.empty((len(flat), views, height, width, 3), dtype=np.uint8)
         for index, source in enumerate(flat):
             try:
@@ -186,18 +180,13 @@ class FlashSlothImageProcessor(BaseImageProcessor):
                     alpha_background=background,
                     input_data_format=input_data_format,
                 )
-                if do_pad:
-                    levels_IVHWC[index, 0] = _resize_padded(image, (width, height), color, resample)
-                else:
-                    levels_IVHWC[index, 0] = np.asarray(_squash(image, (width, height), resample))
-                if grid is not None:
-                    levels_IVHWC[index, 1:] = _tiles(image, height, width, grid, color, resample)
+                levels_IVHWC[index] = views_of(image, height, width, grid, do_pad, color, resample)
             except (ValueError, FileNotFoundError) as error:
                 if len(flat) == 1:
                     raise
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"image {index + 1} of {len(flat)}: {error}") from error
-        return BatchFeature({"pixel_values": _apply_table(levels_IVHWC, table)}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": apply_table(levels_IVHWC, table)}, tensor_type=return_tensors)
 
     def place_in_view(self, image_size: tuple[int, int], x: float, y: float) -> tuple[float, float]:
         """Where a place of an image lies in its first view, in parts of the view's width and height.
@@ -219,7 +208,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         Args:
             image_size: (width, height) of the image in pixels.
         """
-        left, top, right, bottom = square = _padded_square(*image_size)
+        left, top, right, bottom = square = padded_square(*image_size)
         views = [square if self.do_pad else (0.0, 0.0, float(image_size[0]), float(image_size[1]))]
         if self.view_grid is not None:
             rows, columns = self.view_grid
@@ -232,105 +221,11 @@ class FlashSlothImageProcessor(BaseImageProcessor):
         return views
 
 
-def _tiles(
-    image: Image.Image, height: int, width: int, grid: Sequence[int], color: tuple[int, ...], resample: int
-) -> np.ndarray:
-    rows, columns = grid
-    levels_HWC = np.asarray(_resize_padded(image, (columns * width, rows * height), color, resample))
-    tiles = levels_HWC.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
-    return tiles.reshape(rows * columns, height, width, 3)
-
-
 # Options every image processor is offered that mean nothing here.
 IGNORED_KWARGS = frozenset({
     "data_format", "default_to_square", "device", "disable_grouping", "do_convert_rgb", "do_resize",
     "image_seq_length",
 })  # fmt: skip
-
-
-def _squash(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """Resizes to (width, height), the same under every release of Pillow.
-
-    Pillow resizes one axis after the other with 8 bits in between, so their order shows. Before Pillow 13 rows came
-    first; since then columns do where the height shrinks much more than the width. The recorded pixels are of the
-    latter kind.
-    """
-    target_width, target_height = size
-    width, height = image.size
-    shrinks_height_more = height > target_height and height - target_height > 2 * (width - target_width)
-    first = (width, target_height) if shrinks_height_more else (target_width, height)
-    return image.resize(first, resample).resize(size, resample)
-
-
-def _resize_padded(image: Image.Image, size: tuple[int, int], color: tuple[int, ...], resample: int) -> Image.Image:
-    """The image padded to a centred square, then resized to (width, height), rows first.
-
-    Rows do not touch each other in the first pass: strips of the image give the same pixels as the whole square, which
-    is never held (a long image would need a huge one).
-    """
-    target_width, target_height = size
-    image = _averaged(image, color)
-    width, height = image.size
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
-    narrow = Image.new("RGB", (target_width, side), color)
-    strip_rows = max(1, STRIP_PIXELS // side)
-    for start in range(0, height, strip_rows):
-        stop = min(height, start + strip_rows)
-        strip = Image.new("RGB", (side, stop - start), color)
-        strip.paste(image.crop((0, start, width, stop)), (left, 0))
-        narrow.paste(strip.resize((target_width, stop - start), resample), (0, top + start))
-    return narrow.resize((target_width, target_height), resample)
-
-
-def _padded_square(width: int, height: int) -> tuple[float, float, float, float]:
-    """The square that `_resize_padded` makes of an image, in pixels of the image."""
-    factor = -(-max(width, height) // MAX_PADDED_SIDE)
-    is_wide = width > height
-    # whole blocks are averaged along the longer side, and the shorter one is padded to whole blocks
-    before_x, before_y = (0 if is_wide else (-width % factor) // 2), ((-height % factor) // 2 if is_wide else 0)
-    columns, rows = -(-width // factor), -(-height // factor)
-    side = max(columns, rows)
-    left = -((side - columns) // 2) * factor - before_x
-    top = -((side - rows) // 2) * factor - before_y
-    return float(left), float(top), float(left + side * factor), float(top + side * factor)
-
-
-def _averaged(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The image, averaged over square blocks if its longer side is beyond `MAX_PADDED_SIDE`.
-
-    The longer side is averaged first, and only then the shorter one padded to whole blocks: this never needs more than
-    about twice the image.
-    """
-    factor = -(-max(image.size) // MAX_PADDED_SIDE)
-    if factor == 1:
-        return image
-    is_wide = image.width > image.height
-    image = image.reduce((factor, 1) if is_wide else (1, factor))
-    padding = (0, -image.height % factor) if is_wide else (-image.width % factor, 0)
-    padded = Image.new("RGB", (image.width + padding[0], image.height + padding[1]), color)
-    padded.paste(image, (padding[0] // 2, padding[1] // 2))
-    return padded.reduce((1, factor) if is_wide else (factor, 1))
-
-
-def _value_table(rescale_factor: float | None, mean_std: tuple[Sequence[float], Sequence[float]] | None) -> np.ndarray:
-    """What each of the 256 levels becomes, per channel (3, 256): the arithmetic is done once, not per pixel."""
-    values = np.arange(COLOR_LEVELS, dtype=np.float64)
-    values = (values if rescale_factor is None else values * rescale_factor).astype(np.float32)
-    table = np.repeat(values[None], 3, axis=0)
-    if mean_std is not None:
-        mean, std = (np.asarray(value, dtype=np.float32)[:, None] for value in mean_std)
-        table = (table - mean) / std
-    return table
-
-
-def _apply_table(levels_IVHWC: np.ndarray, table: np.ndarray) -> np.ndarray:
-    pixels_IVCHW = np.empty((*levels_IVHWC.shape[:2], 3, *levels_IVHWC.shape[2:4]), dtype=np.float32)
-    for index in np.ndindex(levels_IVHWC.shape[:2]):
-        for channel, values in enumerate(table):
-            # All levels are in the table: "clip" only spares the check.
-            np.take(values, levels_IVHWC[index][..., channel], out=pixels_IVCHW[index][channel], mode="clip")
-    return pixels_IVCHW
 
 
 def flatten_images(images: Any) -> Iterator[Any]:

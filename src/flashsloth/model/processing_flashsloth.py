@@ -23,6 +23,7 @@ from .chat_text import (
 )
 from .conversations import as_batch, match_images, merge_sources, render_conversations
 from .image_processing_flashsloth import FlashSlothImageProcessor
+from .prompt_batches import stack_rows, without_batch_axis
 from .prompt_encoding import (
     IGNORED_LABEL,
     NO_LIMIT,
@@ -33,9 +34,7 @@ from .prompt_encoding import (
     encode_pieces,
     fit_to_length,
     naming_row,
-    stack_rows,
     tokenize_pieces,
-    without_batch_axis,
 )
 
 logger = logging.get_logger(__name__)
@@ -355,14 +354,14 @@ class FlashSlothProcessor(ProcessorMixin):
         }
         return PromptText(self.image_token, self.query_token, self.question_marker, special)
 
-    def _find_prefix_ids(self) -> list[int]:
+    def find_prefix_ids(self) -> list[int]:
         """What the tokenizer puts before a text, such as a beginning-of-sequence token. (What it puts after a text
         would end the prompt before the answer.)"""
         plain = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         full = self.tokenizer(PROBE, add_special_tokens=True)["input_ids"]
         return full[: full.index(plain[0])]
 
-    def _opens_texts(self) -> bool:
+    def opens_texts(self) -> bool:
         """Whether the tokenizer puts a token of its own before a text, but not before text after a special token."""
         alone = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         after = self.tokenizer(self.image_token + PROBE, add_special_tokens=False)["input_ids"]
@@ -429,7 +428,7 @@ class FlashSlothProcessor(ProcessorMixin):
                 with naming_row(row, len(rows)):
                     mark_questions(pieces, self.user_header)
         image_tokens = self._image_tokens(rows, options.get("visual_tokens"))
-        tokenize_pieces(rows, self.tokenizer, self._cached("opens_texts", self._opens_texts))
+        tokenize_pieces(rows, self.tokenizer, self._cached("opens_texts", self.opens_texts))
         expansion = self._expansion(rows, options.get("add_special_tokens") is not False)
         limit, limit_name = options.get("max_length"), "max_length"
         if limit is None:
@@ -478,7 +477,7 @@ class FlashSlothProcessor(ProcessorMixin):
             query_token_id=self.query_token_id,
             num_query_tokens=self.num_query_tokens,
             token_ids={token: self.tokenizer.convert_tokens_to_ids(token) for token in special},
-            prefix_ids=self._cached("prefix_ids", self._find_prefix_ids) if add_special_tokens else (),
+            prefix_ids=self._cached("prefix_ids", self.find_prefix_ids) if add_special_tokens else (),
         )
 
 
