@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("flashsloth_cli.commands.merge:merge", "Merge a LoRA adapter into its base model."),
     "quantize": ("flashsloth_cli.commands.quantize:quantize", "Hold the weights of a model in 8 or 4 bits."),
     "study": ("flashsloth_cli.commands.study:study", "Train variants of a recipe with several seeds; compare them."),
+    "eval": ("flashsloth_cli.commands.eval:app", "Scores on the paper's 14 benchmarks and the own held-out sets."),
     "evaluate-synthetic": (
         "flashsloth_cli.commands.evaluate_synthetic:evaluate_synthetic",
         "Exact match on held-out rendered images.",

@@ -94,7 +94,9 @@ class FlashSlothAdapter(lmms):
             raise ValueError(f"unknown control {control!r}; known are {', '.join(CONTROLS)}")
         self.accelerator = Accelerator(cpu=_on_cpu(device))
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        target = str(self.accelerator.device) if device in (None, "auto") and self._world_size > 1 else device or "auto"
+        target = (
+            str(self.accelerator.device) if device in (None, "auto") and self._world_size > 1 else device or "auto"
+        )
         self.session = session or load(pretrained, target, dtype, quantization, kernels=kernels)
         self.batch_size, self.max_new_tokens = int(batch_size or 32), int(max_new_tokens)
         self.visual_tokens = None if _given(visual_tokens) is None else int(str(visual_tokens))
@@ -117,6 +119,7 @@ class FlashSlothAdapter(lmms):
         self.cache = ResponseCache(None if cache is None else Path(cache), self.settings, self._rank)
         self.failures: dict[str, dict[Any, str]] = {}
         self.responses: dict[str, dict[Any, Response]] = {}
+        self.seconds = 0.0  # with reading, preparing and answering; the rest of a run is the harness's
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +135,7 @@ class FlashSlothAdapter(lmms):
 
         A record whose images cannot be read is answered with nothing, and noted in `failures`: a report must say so.
         """
+        started = time.perf_counter()
         answers: dict[int, str] = {}
         waiting: list[tuple[int, _Asked]] = []
         for number, request in enumerate(requests):
@@ -147,6 +151,7 @@ class FlashSlothAdapter(lmms):
             if len(waiting) >= self.batch_size * 16:
                 self._answer(requests, waiting, answers)
         self._answer(requests, waiting, answers)
+        self.seconds = time.perf_counter() - started
         return [GenerationResult(answers[number], TokenCounts()) for number in range(len(requests))]
 
     def _answer(self, requests: Sequence[Instance], waiting: list, answers: dict[int, str]) -> None:

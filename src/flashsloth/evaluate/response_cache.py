@@ -60,7 +60,8 @@ class ResponseCache:
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
                 row = json.loads(line)
-                self.responses[row.pop("key")] = Response(**row)
+                key = row.pop("key")
+                self.responses[key] = Response(**row)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number} is no response; remove the file to ask anew") from error
         if whole != len(data) and path == self.path:

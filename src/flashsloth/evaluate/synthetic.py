@@ -46,7 +46,9 @@ class Report:
     majority: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
     """The answer most frequent for the task in the training split, by task, by family and over all."""
 
-    def add(self, family: str, task: str, held_out: bool, given: str, answer: str, majority: Mapping[str, str]) -> None:
+    def add(
+        self, family: str, task: str, held_out: bool, given: str, answer: str, majority: Mapping[str, str]
+    ) -> None:
         """Score one answer.
 
         Args:
