@@ -21,6 +21,7 @@ from .response_cache import Response, ResponseCache
 
 try:
     from accelerate import Accelerator
+    from accelerate.utils import gather_object
     from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
     from lmms_eval.api.model import lmms
 except ImportError as error:
@@ -125,6 +126,14 @@ class FlashSlothAdapter(lmms):
     def device(self) -> torch.device:
         """Where the model is; lmms-eval counts requests on it."""
         return self.session.device
+
+    def gather(self) -> None:
+        """Bring what all processes noted together, in each of them."""
+        if self._world_size > 1:
+            for noted in (self.failures, self.responses):
+                for each in gather_object([{task: dict(found) for task, found in noted.items()}]):
+                    for task, found in each.items():
+                        noted.setdefault(task, {}).update(found)
 
     def close(self) -> None:
         """Undo ablations of a session that is used on."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from typing import Any
 from .benchmarks import Benchmark
 from .manifest import MODEL_NAME
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when lmms-eval imports tqdm; the runner has a bar of its own
 try:
     from lmms_eval import evaluator
     from lmms_eval.api.task import ConfigurableMessagesTask

@@ -24,7 +24,7 @@ from .judge import use_judge
 from .sample_images import thumbnails
 from .scoring import Result, failed, frequent_answers, run_task
 from .variants import FREQUENT, Variant
-from .verdicts import DONE, published_model, verdict
+from .verdicts import published_model, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def run_suite(
     index = task_index()
     no_judge = use_judge(settings.judge_url, settings.judge_model) if _needs_judge(settings) else ""
     rows: list[dict[str, Any]] = []
+    said: set[str] = set()
     is_first = True
     for variant in settings.variants:
         model = _model(settings, variant, folder)
@@ -96,10 +97,10 @@ def run_suite(
         for benchmark, result in _results(settings, variant, model, index, folder, weights, no_judge, progress):
             if is_first:
                 row = _row(settings, benchmark, variant, model, weights, result)
-                logger.log(
-                    logging.INFO if row["status"] == DONE else logging.WARNING,
-                    "%s: %s", benchmark.title, row["reason"] or row["status"],
-                )  # fmt: skip
+                line = f"{benchmark.title}: {row['reason']}"
+                if row["reason"] and line not in said:
+                    logger.warning("%s", line)
+                    said.add(line)
                 rows.append(row)
                 _write_results(folder, settings, weights, rows)
         if isinstance(model, FlashSlothAdapter):

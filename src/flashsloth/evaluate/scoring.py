@@ -55,6 +55,8 @@ def run_task(
     arguments = Namespace(process_with_media=False, output_path=str(folder), reasoning_tags=None)
     with contextlib.redirect_stdout(io.StringIO()):
         found = evaluate_task(model, name, task, limit, arguments)
+    if isinstance(model, FlashSlothAdapter):
+        model.gather()
     if found is None:
         return None
     seconds = time.perf_counter() - started

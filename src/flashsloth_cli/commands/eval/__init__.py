@@ -32,7 +32,7 @@ for command in (run, fetch, compare):
 def evaluation() -> None:
     """Score a model on the 14 benchmarks of the paper, or on the project's own held-out sets.
 
-    [bold]flashsloth eval MODEL[/bold] is short for [bold]flashsloth eval run MODEL[/bold], whose --help has all options.
+    [bold]flashsloth eval MODEL[/bold] is short for [bold]flashsloth eval run MODEL[/bold]; see the --help of that.
 
       flashsloth eval nano --suite nano
 

@@ -15,7 +15,7 @@ def compare(
 ) -> None:
     """How far two runs are apart, task by task: a paired bootstrap, and which answers flipped.
 
-    The interval holds 95 % of the differences of samples drawn again; where it leaves out zero, the difference is clear.
+    The interval holds 95 % of the differences of samples drawn again; a difference is clear where zero is outside it.
 
     [bold]Example[/bold]
 

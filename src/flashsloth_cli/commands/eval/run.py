@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,8 @@ def run(
 
       accelerate launch --num_processes 8 -m flashsloth_cli eval Tongbo/FlashSloth-3.2B --suite paper
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; there is a bar for all tasks
+
     from rich.console import Console
     from rich.progress import Progress
     from transformers.utils import logging as transformers_logging
