@@ -9,7 +9,7 @@ PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help install demo test test-all lint format docs pictures clean
+.PHONY: help install eval-env demo test test-all lint format docs pictures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -24,6 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --no-deps lmms-eval  # its own dependencies pin versions of what is not used here
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
@@ -31,6 +32,10 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed  ## the package and its command into .venv
+
+eval-env: | $(BIN)/python  ## `flashsloth eval` with lmms-eval, into .venv
+	$(PIP_INSTALL) --editable '.[eval]'
+	$(PIP_INSTALL) --no-deps lmms-eval
 
 demo: $(VENV)/.installed  ## three questions about sample images, answered by the built-in model
 	@$(BIN)/flashsloth demo

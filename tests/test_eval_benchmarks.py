@@ -65,7 +65,7 @@ def judge():
 @pytest.fixture(scope="module")
 def index():
     quieten()
-    return task_index()
+    return task_index(PAPER)
 
 
 def test_the_suite_is_that_of_the_paper():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import Benchmark
+from .benchmarks import BENCHMARKS, Benchmark
 from .manifest import MODEL_NAME
 
 try:
-    from lmms_eval import evaluator
+    from lmms_eval import evaluator, tasks
     from lmms_eval.api.task import ConfigurableMessagesTask
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import load_yaml_config
@@ -25,6 +26,8 @@ except ImportError as error:
 
     raise ImportError(HINT) from error
 
+SEED = 0
+FOR_SUBMISSION = "submission"  # metrics that only write files for a server
 BYPASS = "bypass"  # lmms-eval's metric of tasks that are answered, not scored
 TASK_FOLDER = Path(__file__).parent / "tasks"
 
@@ -35,9 +38,13 @@ def quieten() -> None:
     harness_log.remove()
 
 
-def task_index() -> TaskManager:
-    """All tasks of lmms-eval and of this project, by name."""
-    return TaskManager(include_path=str(TASK_FOLDER), model_name=MODEL_NAME)
+def task_index(rows: Sequence[Benchmark]) -> TaskManager:
+    """The tasks of lmms-eval and of this project, by name; all of them, which takes a while, only for others' names."""
+    if not all(row.task in BENCHMARKS for row in rows):
+        return TaskManager(include_path=str(TASK_FOLDER), model_name=MODEL_NAME)
+    theirs = Path(tasks.__file__).parent
+    folders = {str(theirs / row.task.split("_")[0]) for row in rows if row.dataset is not None}
+    return TaskManager(include_path=[*sorted(folders), str(TASK_FOLDER)], include_defaults=False)
 
 
 def load_task(index: TaskManager, row: Benchmark, data: Path | None, own: Mapping[str, Any]) -> Any:
@@ -55,6 +62,9 @@ def load_task(index: TaskManager, row: Benchmark, data: Path | None, own: Mappin
         near = difflib.get_close_matches(row.task, index.all_subtasks, 3)
         raise ValueError(f"unknown task {row.task!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     config = {**load_yaml_config(index.task_index[row.task]["yaml_path"], mode="full"), **row.overrides}
+    config["metric_list"] = [
+        each for each in config.get("metric_list", ()) if each["metric"] != FOR_SUBMISSION
+    ] or None
     if "class" in config:
         config["metadata"] = {**config.get("metadata", {}), **own}
         return _made(row, config["class"], config)
@@ -69,8 +79,15 @@ def load_task(index: TaskManager, row: Benchmark, data: Path | None, own: Mappin
 
 def evaluate_task(model: Any, name: str, task: Any, limit: int | None, arguments: Any) -> dict[str, Any] | None:
     """What lmms-eval's `evaluate` returns for one task; None on processes other than the first."""
+    random.seed(SEED)  # MMMU's own rule guesses where an answer names no option
     return evaluator.evaluate(
-        model, {name: task}, limit=limit, bootstrap_iters=0, log_samples=True, cli_args=arguments
+        model,
+        {name: task},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        cli_args=arguments,
+        process_docs_parallel=1,  # threads would change the order of such guesses
     )
 
 

@@ -104,6 +104,6 @@ class ResponseCache:
                 file.write(data)
         except OSError as error:
             logger.warning("%s: answers are no longer kept for a resumed run: %s", self.path, error.strerror)
-            if self.path.exists():
+            if self.path.is_file():
                 os.truncate(self.path, size)
             self.path = None

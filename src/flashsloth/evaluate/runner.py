@@ -86,7 +86,7 @@ def run_suite(
     quieten()
     folder.mkdir(parents=True, exist_ok=True)
     weights = fingerprint(settings.model)
-    index = task_index()
+    index = task_index(settings.benchmarks)
     no_judge = use_judge(settings.judge_url, settings.judge_model) if _needs_judge(settings) else ""
     rows: list[dict[str, Any]] = []
     said: set[str] = set()

@@ -49,15 +49,12 @@ def evaluate_synthetic(
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
-    from transformers.utils import logging
 
-    from flashsloth.checkpoints import hub
     from flashsloth.evaluate.ablations import replaced_compressor, zeroed_embedded_query
     from flashsloth.evaluate.synthetic import ALL, evaluate, write_report
-    from flashsloth.train.build import load
 
-    logging.disable_progress_bar()
-    loaded, processor = load(hub.resolve(model))
+    session = options.load_session(model, "auto", "auto")
+    loaded, processor = session.model, session.processor
     with ExitStack() as stack:
         if zero_embedded_query:
             stack.enter_context(zeroed_embedded_query(loaded))
