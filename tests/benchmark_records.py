@@ -149,7 +149,8 @@ def mmmu_val() -> Planted:
         is_open = number >= 6
         row: dict[str, Any] = {
             "id": f"validation_{'Math' if number % 2 else 'Art'}_{number}",
-            "question": "How many shapes does <image 1> show?", "options": "[]" if is_open else "['one', 'two', 'six']",
+            "question": "How many shapes does <image 1> show?",
+            "options": "[]" if is_open else "['one', 'two', 'six']",
             "explanation": "", "img_type": "['Drawings']", "answer": "4" if is_open else "ABC"[number % 3],
             "topic_difficulty": "Easy", "question_type": "open" if is_open else "multiple-choice",
             "subfield": "Counting", "image_1": picture(number),
@@ -204,8 +205,8 @@ def scienceqa_img() -> Planted:
         {
             "image": picture(number), "question": "Which shape is largest?", "choices": ["the circle", "the star"],
             "answer": number % 2, "hint": "Look closely." if number % 3 else "", "task": "closed choice",
-            "grade": "grade2", "subject": "natural science", "topic": "physics", "category": "Size", "skill": "Compare",
-            "lecture": "", "solution": "",
+            "grade": "grade2", "subject": "natural science", "topic": "physics", "category": "Size",
+            "skill": "Compare", "lecture": "", "solution": "",
         }
         for number in range(8)
     ]  # fmt: skip

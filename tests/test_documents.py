@@ -103,7 +103,8 @@ def test_commands(words, norun, samples, capsys):
         assert {word for word in rest if word.startswith("--")} <= known
     elif program == "flashsloth" and norun:
         command = LazyCommand(rest[0], *COMMANDS[rest[0]]).load()
-        command = getattr(command, "commands", {}).get("".join(rest[1:2]), command)
+        below = getattr(command, "commands", {})  # `eval MODEL` is `eval run MODEL`
+        command = below.get("".join(rest[1:2])) or below.get("run", command)
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in rest if word.startswith("--")} <= known
         for word in rest[1:]:

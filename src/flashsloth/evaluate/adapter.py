@@ -32,6 +32,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 128
+# asked together, neighbours in length in one batch; more would hold more pictures in memory
+WAITING_BATCHES = 4
 FALSE_WORDS = ("false", "0", "no", "none", "")
 # how a task may ask for what is done anyway: greedy answers
 GREEDY = {"do_sample": (False, None), "num_beams": (1, None)}
@@ -157,7 +159,7 @@ class FlashSlothAdapter(lmms):
                 waiting.append((number, asked))
             else:
                 answers[number] = self._note(request, asked, known)
-            if len(waiting) >= self.batch_size * 16:
+            if len(waiting) >= self.batch_size * WAITING_BATCHES:
                 self._answer(requests, waiting, answers)
         self._answer(requests, waiting, answers)
         self.seconds = time.perf_counter() - started

@@ -100,7 +100,8 @@ PAPER = (
     ),
     Benchmark(
         "MMMU", "mmmu_val", ("mmmu_acc",), split="validation", dataset=_hub("MMMU"), published=_rows(39.7, 37.8),
-        overrides={"doc_to_messages": None}, note="images first, their marks stay in the text; an answer without an option is guessed, by MMMU's own rule",
+        overrides={"doc_to_messages": None},
+        note="images first, their marks stay in the text; MMMU's own rule guesses for answers without an option",
         gigabytes=3.5, questions=900,
     ),
     Benchmark(

@@ -39,7 +39,7 @@ def quieten() -> None:
 
 
 def task_index(rows: Sequence[Benchmark]) -> TaskManager:
-    """The tasks of lmms-eval and of this project, by name; all of them, which takes a while, only for others' names."""
+    """The tasks of lmms-eval and of this project, by name; all of them, which takes a while, for others' names."""
     if not all(row.task in BENCHMARKS for row in rows):
         return TaskManager(include_path=str(TASK_FOLDER), model_name=MODEL_NAME)
     theirs = Path(tasks.__file__).parent
@@ -62,9 +62,8 @@ def load_task(index: TaskManager, row: Benchmark, data: Path | None, own: Mappin
         near = difflib.get_close_matches(row.task, index.all_subtasks, 3)
         raise ValueError(f"unknown task {row.task!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     config = {**load_yaml_config(index.task_index[row.task]["yaml_path"], mode="full"), **row.overrides}
-    config["metric_list"] = [
-        each for each in config.get("metric_list", ()) if each["metric"] != FOR_SUBMISSION
-    ] or None
+    scored = [each for each in config.get("metric_list", ()) if each["metric"] != FOR_SUBMISSION]
+    config["metric_list"] = scored or None
     if "class" in config:
         config["metadata"] = {**config.get("metadata", {}), **own}
         return _made(row, config["class"], config)
