@@ -1,9 +1,9 @@
 """FlashSloth without torch: exported models in onnxruntime, with numpy, pillow and tokenizers.
 
-    import flashsloth_edge
+import flashsloth_edge
 
-    model = flashsloth_edge.load("nano-onnx")
-    print(model.ask("photo.jpg", "What is in the picture?").text)
+model = flashsloth_edge.load("nano-onnx")
+print(model.ask("photo.jpg", "What is in the picture?").text)
 """
 
 from .session import Conversation, EdgeModel, load

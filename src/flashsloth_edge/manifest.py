@@ -72,7 +72,7 @@ class PromptLayout:
 
     Attributes:
         default_opening: where the user gives no system prompt. empty_opening: where it is empty.
-        system_start, system_end: around another.
+        takes_system: whether there may be one. system_start, system_end: around one that is not empty.
         image: an image. image_separator: between images. image_end: between the last image and the question.
         question_end: between the last question and the answer that is asked for.
         question_to_answer, answer_to_question: between earlier questions and answers.
@@ -86,6 +86,7 @@ class PromptLayout:
 
     default_opening: list[str]
     empty_opening: list[str]
+    takes_system: bool
     system_start: str
     system_end: list[str]
     image: str

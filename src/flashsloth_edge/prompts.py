@@ -78,6 +78,8 @@ class Prompts:
         texts = [self.text.escape(text.strip() if layout.strips else text) for text in turns.texts]
         without_images = not turns.images
         system = None if turns.system is None else turns.system.strip() if layout.strips else turns.system
+        if system is not None and not layout.takes_system:
+            raise ValueError("the chat template of this model takes no system prompt; leave system out")
         if system is None:
             prompt = layout.default_opening[without_images]
         elif not system:

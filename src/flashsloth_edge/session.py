@@ -1,7 +1,7 @@
 """An exported folder, loaded and ready to be asked.
 
-    model = flashsloth_edge.load("nano-onnx")
-    answer = model.ask("photo.jpg", "What is in the picture?")
+model = flashsloth_edge.load("nano-onnx")
+answer = model.ask("photo.jpg", "What is in the picture?")
 """
 
 from __future__ import annotations
@@ -153,9 +153,7 @@ class EdgeModel:
             )
         limit = max_new_tokens or self.manifest.generation.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         if limit > room and max_new_tokens is not None:
-            warnings.warn(
-                f"max_new_tokens {max_new_tokens} lowered to {room}: the context ends there", stacklevel=4
-            )
+            warnings.warn(f"max_new_tokens {max_new_tokens} lowered to {room}: the context ends there", stacklevel=4)
         return min(limit, room)
 
 
@@ -290,5 +288,3 @@ def first_marked(question_ids_BT: np.ndarray) -> int | None:
     """Index of the first token of the first question; None where a prompt marks none."""
     marked = np.flatnonzero(question_ids_BT[0])
     return int(marked[0]) if len(marked) else None
-
-

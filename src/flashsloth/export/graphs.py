@@ -144,16 +144,18 @@ def _decoder_example(model: FlashSlothForConditionalGeneration) -> dict[str, Any
     example: dict[str, Any] = {
         "input_ids": torch.zeros(ROWS, tokens, **long),
         "attention_mask": torch.ones(ROWS, PAST + tokens, **long),
-        FEATURES: torch.zeros(IMAGES, config.num_views * config.num_patches_per_view, config.vision_config.hidden_size),
+        FEATURES: torch.zeros(
+            IMAGES, config.num_views * config.num_patches_per_view, config.vision_config.hidden_size
+        ),
         "visual_tokens": torch.zeros(IMAGES, count, config.text_config.hidden_size),
         "image_token_counts": torch.full((IMAGES,), count),
         "image_positions": torch.tensor([[PAST, PAST + count], [PAST, -1]]),
     }
+    example["past"] = [torch.zeros(ROWS, heads, PAST, width) for heads, width in cache_sizes(model)]
     if config.num_query_tokens:
         second = first_query + config.num_query_tokens
         example["query_positions"] = torch.tensor([[first_query, second], [first_query, -1]])
         example["question_ids"] = torch.zeros(ROWS, PAST + tokens + 1, **long)
-    example["past"] = [torch.zeros(ROWS, heads, PAST, width) for heads, width in cache_sizes(model)]
     return example
 
 

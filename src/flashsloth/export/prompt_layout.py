@@ -28,14 +28,15 @@ def prompt_layout(processor: FlashSlothProcessor) -> PromptLayout:
         ValueError: a template whose text depends on what users write.
     """
     question, answer, second = MARKS[:3]
-    separator, image_end, question_end = "", "", ""
+    takes_system = _takes_system(processor)
+    system_start = ""
     ends: dict[int, list[str]] = {}
     for images in (1, 0):
         default, question_end = _split(_render(processor, [question], images), question)
-        system_start, with_system = _split(_render(processor, [question], images, SYSTEM_MARK), SYSTEM_MARK)
-        system_end, _ = _split(with_system, question)
-        empty, _ = _split(_render(processor, [question], images, ""), question)
-        ends[images] = [default, empty, system_end]
+        ends[images] = [default]
+        if takes_system:
+            system_start, rest = _split(_render(processor, [question], images, SYSTEM_MARK), SYSTEM_MARK)
+            ends[images] += [_split(text, question)[0] for text in (rest, _render(processor, [question], images, ""))]
     token = processor.image_token
     for place, text in enumerate(ends[1]):
         before, image_end = _split(text, token)
@@ -46,11 +47,12 @@ def prompt_layout(processor: FlashSlothProcessor) -> PromptLayout:
     question_to_answer = _split(history, question)[1]
     answer_to_question = _split(rest, second)[0]
     limit = processor.tokenizer.model_max_length
-    layout = PromptLayout(
+    return PromptLayout(
         default_opening=[ends[1][0], ends[0][0]],
-        empty_opening=[ends[1][1], ends[0][1]],
+        takes_system=takes_system,
         system_start=system_start,
-        system_end=[ends[1][2], ends[0][2]],
+        system_end=[ends[1][1], ends[0][1]] if takes_system else [],
+        empty_opening=[ends[1][2], ends[0][2]] if takes_system else [],
         image=token,
         image_separator=separator,
         image_end=image_end,
@@ -68,7 +70,6 @@ def prompt_layout(processor: FlashSlothProcessor) -> PromptLayout:
         opens_texts=processor.opens_texts(),
         limit=limit if limit < NO_LIMIT else None,
     )
-    return layout
 
 
 def check_layout(processor: FlashSlothProcessor, prompts: Prompts) -> int:
@@ -79,9 +80,8 @@ def check_layout(processor: FlashSlothProcessor, prompts: Prompts) -> int:
     """
     tried = 0
     typed = ("  what is\n this? ", "a  tree", processor.image_token + "?", "<|x|> é 木", "and\tnow ")
-    for texts, images, turns, system in itertools.product(
-        (MARKS, typed), range(MOST_IMAGES + 1), (1, 3, 5), (None, "", "Be brief.")
-    ):
+    systems = (None, "", "Be brief.") if prompts.layout.takes_system else (None,)
+    for texts, images, turns, system in itertools.product((MARKS, typed), range(MOST_IMAGES + 1), (1, 3, 5), systems):
         expected = processor.apply_chat_template(
             _messages(texts[:turns], images, system),
             add_generation_prompt=True,
@@ -93,10 +93,11 @@ def check_layout(processor: FlashSlothProcessor, prompts: Prompts) -> int:
         found = prompts.encode([row])
         for name in ("input_ids", "image_positions", "query_positions", "question_ids"):
             if name in expected and expected[name].tolist() != found[name].tolist():
+                written = _render(processor, texts[:turns], images, system)
                 raise ValueError(
-                    f"the chat template of this model cannot be cut into pieces: for {texts[:turns]} with {images} "
-                    f"images and the system prompt {system!r} it writes {_render(processor, texts[:turns], images, system)!r}, "
-                    f"the runtime {prompts.render(row)!r}; export a model whose template puts texts side by side"
+                    f"the chat template of this model cannot be cut into pieces ({name} differ): for {texts[:turns]} "
+                    f"with {images} images and the system prompt {system!r} it writes {written!r}, the runtime "
+                    f"{prompts.render(row)!r}; export a model whose template puts texts side by side"
                 )
         tried += 1
     return tried
@@ -119,6 +120,13 @@ def _messages(texts: Sequence[str], images: int, system: str | None) -> list[dic
 
 def _render(processor: FlashSlothProcessor, texts: Sequence[str], images: int, system: str | None = None) -> str:
     return processor.apply_chat_template(_messages(texts, images, system), add_generation_prompt=True)
+
+
+def _takes_system(processor: FlashSlothProcessor) -> bool:
+    try:
+        return SYSTEM_MARK in _render(processor, MARKS[:1], 0, SYSTEM_MARK)
+    except ValueError:  # the template refuses it
+        return False
 
 
 def _strips(processor: FlashSlothProcessor) -> bool:
