@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("flashsloth_cli.commands.train:train", "Train a model from a recipe."),
     "merge": ("flashsloth_cli.commands.merge:merge", "Merge a LoRA adapter into its base model."),
     "quantize": ("flashsloth_cli.commands.quantize:quantize", "Hold the weights of a model in 8 or 4 bits."),
+    "export": ("flashsloth_cli.commands.export:export", "Write a model as graphs that run without torch."),
     "study": ("flashsloth_cli.commands.study:study", "Train variants of a recipe with several seeds; compare them."),
     "eval": ("flashsloth_cli.commands.eval:app", "Scores on the paper's 14 benchmarks and the own held-out sets."),
     "evaluate-synthetic": (

@@ -48,6 +48,14 @@ ShareEqualViews = Annotated[
     bool, typer.Option("--share-equal-views", help="Encode views of equal pixels once, such as HD's blank tiles.")
 ]
 
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="torch, onnx (exports the model once, into the cache), or auto: what `flashsloth export` wrote runs in "
+        "its own runtime, every other model in torch.",
+        metavar="RUNTIME",
+    ),
+]
 Compile = Annotated[
     bool,
     typer.Option(

@@ -131,7 +131,7 @@ class OnnxEngine:
 
 
 def select_tokens(encoded: Mapping[str, np.ndarray], counts: list[int]) -> dict[str, np.ndarray]:
-    """Inputs of the decoder that describe images, each with its own number of tokens, zeros behind those with fewer."""
+    """Inputs of the decoder that describe images, each with its own number of tokens and zeros behind them."""
     features_IPE = encoded[FEATURES]
     most = max(counts)
     tokens_IND = np.zeros((len(counts), most, encoded[VISUAL_TOKENS.format(most)].shape[2]), dtype=np.float32)

@@ -39,8 +39,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise ValueError(
-                f"temperature ({self.temperature}) and repetition_penalty ({self.repetition_penalty}) must be above 0, "
-                f"top_k ({self.top_k}) at least 0 and top_p ({self.top_p}) above 0 and at most 1"
+                f"temperature ({self.temperature}) and repetition_penalty ({self.repetition_penalty}) must be above "
+                f"0, top_k ({self.top_k}) at least 0 and top_p ({self.top_p}) above 0 and at most 1"
             )
 
     @staticmethod

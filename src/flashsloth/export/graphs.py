@@ -137,16 +137,14 @@ def trace_decoder(model: FlashSlothForConditionalGeneration) -> tuple[Any, list[
 
 def _decoder_example(model: FlashSlothForConditionalGeneration) -> dict[str, Any]:
     config = model.config
-    count = config.num_image_tokens
+    count, patches = config.num_image_tokens, config.num_views * config.num_patches_per_view
     tokens = IMAGES_OF_ROW * count + WORDS + GROUPS * max(config.num_query_tokens, 1)
     first_query = PAST + IMAGES_OF_ROW * count + WORDS
     long = {"dtype": torch.long}
     example: dict[str, Any] = {
         "input_ids": torch.zeros(ROWS, tokens, **long),
         "attention_mask": torch.ones(ROWS, PAST + tokens, **long),
-        FEATURES: torch.zeros(
-            IMAGES, config.num_views * config.num_patches_per_view, config.vision_config.hidden_size
-        ),
+        FEATURES: torch.zeros(IMAGES, patches, config.vision_config.hidden_size),
         "visual_tokens": torch.zeros(IMAGES, count, config.text_config.hidden_size),
         "image_token_counts": torch.full((IMAGES,), count),
         "image_positions": torch.tensor([[PAST, PAST + count], [PAST, -1]]),

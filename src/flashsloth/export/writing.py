@@ -137,9 +137,8 @@ def save_graph(model: Any, file: Path, weights: str) -> Graph:
         ir.save(model, file)
 
     def port(value: Any, names: dict[int, str]) -> Port:
-        shape = [
-            names.get(axis, size if isinstance(size, int) else str(size)) for axis, size in enumerate(value.shape)
-        ]
+        sizes = enumerate(value.shape)
+        shape = [names.get(axis, size if isinstance(size, int) else str(size)) for axis, size in sizes]
         return Port(value.name, str(value.dtype).lower(), shape)
 
     inputs = [port(value, DYNAMIC_NAMES.get(value.name, CACHE_NAMES)) for value in model.graph.inputs]
@@ -227,5 +226,5 @@ def import_exporter() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "an export needs onnx, onnxscript and onnxruntime; pip install 'flashsloth[edge]'"
+            "an export needs onnx, onnxscript and onnxruntime; pip install 'flashsloth[export]'"
         ) from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flashsloth_cli import options
+from flashsloth_cli import exported, options
 
 
 def ask(
@@ -32,6 +32,7 @@ def ask(
     quantize: options.Quantize = None,
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
+    runtime: options.Runtime = "auto",
 ) -> None:
     """Ask a question about one or several images.
 
@@ -47,15 +48,22 @@ def ask(
       flashsloth ask photo.jpg "Is it a dog?" --choices yes,no --confidence
       flashsloth ask receipt.png "What does it say?" --schema receipt.json
       flashsloth ask https://example.com/sign.jpg "What does the sign say?" --json
+      flashsloth ask photo.jpg "What is it?" --model nano-onnx       (written by flashsloth export)
     """
     if stream and as_json:
         raise ValueError("--stream and --json exclude each other: JSON is printed when the answer is complete")
     options.check_question(question)
     if os.path.isfile(question):
         raise ValueError(f'the last argument is the question, but {question} is a file; add a "QUESTION"')
-    form = options.read_form(schema, choices, regex, confidence)
-    session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
-    if compiled:
+    settings = exported.TorchSettings(device, dtype, quantize, compiled, share_equal_views)
+    if (folder := exported.folder_to_run(model, runtime, settings)) is not None:
+        exported.check_no_form(schema, choices, regex, confidence)
+        form: dict[str, Any] = {}
+        session: Any = exported.load(folder)
+    else:
+        form = options.read_form(schema, choices, regex, confidence)
+        session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
+    if compiled and folder is None:
         options.compile_now(session, images, max_new_tokens)
     write = sys.stdout.write
     answer = session.ask(

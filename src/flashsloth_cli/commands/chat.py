@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from flashsloth_cli import messages, options
+from flashsloth_cli import exported, messages, options
 
 if TYPE_CHECKING:
     from flashsloth.inference import Conversation
@@ -25,6 +25,7 @@ def chat(
     quantize: options.Quantize = None,
     compiled: options.Compile = False,
     share_equal_views: options.ShareEqualViews = False,
+    runtime: options.Runtime = "auto",
 ) -> None:
     """Talk about an image.
 
@@ -38,8 +39,14 @@ def chat(
       flashsloth chat --model Tongbo/FlashSloth_HD-3.2B receipt.jpg
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
-    if compiled:
+    settings = exported.TorchSettings(device, dtype, quantize, compiled, share_equal_views)
+    folder = exported.folder_to_run(model, runtime, settings)
+    session: Any = (
+        options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
+        if folder is None
+        else exported.load(folder)
+    )
+    if compiled and folder is None:
         options.compile_now(session, images, max_new_tokens)
     conversation = session.conversation(images, visual_tokens=visual_tokens)
     conversation.encode()
