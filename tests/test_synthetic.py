@@ -230,7 +230,7 @@ def test_objects_do_not_touch_and_show_their_colour(monkeypatch: pytest.MonkeyPa
     placed: list[scenes.Thing] = []
     place = scenes._place
     monkeypatch.setattr(scenes, "_place", lambda *args: placed.extend(place(*args)) or list(placed))
-    monkeypatch.setattr(scenes, "augment", lambda image, rng, background: image)
+    monkeypatch.setattr(scenes, "augment", lambda image, rng, background, boxes: image)
     for seed in range(40):
         placed.clear()
         pixels = np.asarray(render("scenes", seed, "train").image).astype(int)
@@ -240,6 +240,38 @@ def test_objects_do_not_touch_and_show_their_colour(monkeypatch: pytest.MonkeyPa
             for other in placed:
                 apart = ((thing.x - other.x) ** 2 + (thing.y - other.y) ** 2) ** 0.5
                 assert other is thing or apart > thing.radius + other.radius
+
+
+def test_boxes_are_around_what_is_asked_about(drawn: dict[tuple[str, str], list[Sample]]) -> None:
+    checked: Counter[str] = Counter()
+    for samples in drawn.values():
+        for sample in samples:
+            for turn in sample.turns:
+                if not turn.boxes:
+                    continue
+                checked[turn.task] += 1
+                for box in turn.boxes:
+                    assert box.left < box.right and box.top < box.bottom
+                    # rotated, a corner of what touches the border leaves the image
+                    assert box.left > -12 and box.right < sample.image.width + 12
+                    assert box.top > -12 and box.bottom < sample.image.height + 12
+                written = "".join(
+                    glyph.character
+                    for box in turn.boxes
+                    for glyph in sample.glyphs
+                    if box.left <= glyph.x <= box.right and box.top <= glyph.y <= box.bottom
+                ).lower()
+                if turn.task in ("receipt_price", "receipt_item", "receipt_extreme", "chart_title"):
+                    assert turn.answer.replace(" ", "") in written.replace(" ", "")
+                if turn.task in ("chart_maximum", "chart_minimum", "chart_find_value") and "pie" not in sample.caption:
+                    assert turn.answer in written
+                if turn.task in ("scene_colour", "scene_shape", "scene_what_at"):
+                    (box,) = turn.boxes
+                    pixels = np.asarray(sample.image.convert("RGB")).astype(int)
+                    middle = pixels[int((box.top + box.bottom) / 2), int((box.left + box.right) / 2)]
+                    border = pixels[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0)
+                    assert np.abs(middle - border).max() > 20  # the object, not the ground
+    assert min(checked.values()) > 10 and len(checked) == 17
 
 
 def test_chart_answers_follow_from_the_caption(drawn: dict[tuple[str, str], list[Sample]]) -> None:

@@ -54,13 +54,14 @@ def explain_check(
     from flashsloth.checkpoints.files import write_json
     from flashsloth.evaluate.faithfulness import FAMILIES, FaithfulnessCheck, questions
     from flashsloth.evaluate.faithfulness_report import plot, read_rows, summarize, write_rows
+    from flashsloth.synthetic.sample import REFERENCE_SIZE
 
     if plot_file is not None:
         import flashsloth.reports.plots  # noqa: F401  # refused now rather than at the end where matplotlib is missing
     families = list(family or FAMILIES)
     session = options.load_session(model, device, dtype)
     session.image_tokens(1, visual_tokens)
-    images = questions(families, count, seed, session.config.image_height)
+    images = questions(families, count, seed, max(session.config.image_height, REFERENCE_SIZE))
     settings: dict[str, Any] = {
         "model": model,
         "families": families,
