@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -92,9 +93,21 @@ def test_maps_are_the_attention_by_hand(decoder, options):
     np.testing.assert_allclose(maps.log_probabilities_A, log_probabilities.gather(1, answer[:, None])[:, 0], atol=1e-4)
 
 
+class Watcher:
+    """What an engine does: it counts by a hook, and holds what cannot be copied."""
+
+    def __init__(self):
+        self.lock, self.calls = threading.Lock(), 0
+
+    def note(self, module, args):
+        self.calls += 1
+
+
 def test_the_answering_model_stays_as_it_is(tmp_path):
     session = FlashSloth(*_loaded(tmp_path))
     question, image = "What is it?", noise_image()
+    watcher = Watcher()
+    session.model.model.embedded_query.register_forward_pre_hook(watcher.note)
     before = session.ask(image, question, max_new_tokens=6, output_logits=True)
     modules = {name: dict(vars(module)) for name, module in session.model.named_modules()}
     implementation = session.model.model.language_model.config._attn_implementation

@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("flashsloth_cli.commands.bench:app", "Cost of FlashSloth and its peers: tokens, FLOPs, memory."),
     "run": ("flashsloth_cli.commands.run:run", "Questions about many images, batched and resumable."),
     "serve": ("flashsloth_cli.commands.serve:serve", "Answer OpenAI's clients over HTTP."),
+    "web": ("flashsloth_cli.commands.web:web", "A page in the browser to try models on."),
     "demo": ("flashsloth_cli.commands.demo:demo", "Three questions about sample images."),
 }
 

@@ -159,6 +159,21 @@ def compile_now(session: FlashSloth, images: list[str], max_new_tokens: int | No
     console.print(f"compiled, once, in {seconds:.1f} s", style="dim")
 
 
+def has_page(wanted: bool | None) -> bool:
+    """Whether there is a page in the browser: where it is installed, unless it is asked for or not wanted.
+
+    Raises:
+        ImportError: it is asked for and not installed.
+    """
+    from importlib.util import find_spec
+
+    if wanted is None:
+        return find_spec("gradio") is not None
+    if wanted and find_spec("gradio") is None:
+        raise ImportError("the page in the browser needs gradio; install it with: pip install 'flashsloth[web]'")
+    return wanted
+
+
 def check_question(question: str) -> None:
     """Refuse a question that is empty or no text.
 

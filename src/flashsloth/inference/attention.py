@@ -8,6 +8,7 @@ M visual tokens of a view, W patches of a window.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +59,12 @@ def with_readable_attention(model: FlashSlothForConditionalGeneration) -> FlashS
     shared: dict[int, Any] = {id(tower := model.model.vision_tower): tower}
     for tensor in (*model.parameters(), *model.buffers()):
         shared[id(tensor)] = tensor
-    for module in model.modules():  # weights that are no parameters, such as those packed for a processor
+    for module in model.modules():
+        # weights that are no parameters, such as those packed for a processor
         shared |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
+        # methods of what watches the model, which is no part of it
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        shared |= {id(hook): hook for hook in hooks if inspect.ismethod(hook)}
     twin = copy.deepcopy(model, shared)
     twin.model.language_model.set_attn_implementation(READABLE_ATTENTION)
     return twin

@@ -31,7 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service | None, on_start: Callable[[], None]) -> None:
         super().__init__(config)
         self.service, self.on_start = service, on_start
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -43,7 +43,7 @@ class _Server(uvicorn.Server):
             self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is not None:
+        if self._loop is not None and self.service is not None:
             self._loop.call_soon_threadsafe(self.service.drain)
         super().handle_exit(sig, frame)
 
@@ -53,11 +53,12 @@ def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], No
     once. To be called in the main thread.
 
     Args:
-        app: as `create_app` makes it.
+        app: as `create_app` makes it, or another, which has nothing under way to be finished.
         listening: as `listen` makes it; closed at the end.
         on_start: called when requests are taken.
     """
-    service: Service = app.state.service
+    service: Service | None = getattr(app.state, "service", None)
+    drain_seconds = 0 if service is None else int(service.settings.drain_seconds)
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -65,7 +66,7 @@ def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], No
         server_header=False,
         ws="none",
         lifespan="on",
-        timeout_graceful_shutdown=int(service.settings.drain_seconds) + HANG_UP_SECONDS,
+        timeout_graceful_shutdown=drain_seconds + HANG_UP_SECONDS,
     )
     # uvicorn repeats the signals that it had; the first of them has been answered by then
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}

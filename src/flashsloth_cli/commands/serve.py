@@ -10,6 +10,8 @@ import typer
 from flashsloth_cli import messages, options
 
 if TYPE_CHECKING:
+    import socket
+
     from flashsloth.inference import FlashSloth
 
 INSTALL_COMMAND = "pip install 'flashsloth[serve]'"
@@ -70,6 +72,14 @@ def serve(
         float, typer.Option(help="Longest time for one request; then it gets status 503.", min=0.001)
     ] = 120,
     drain_seconds: Annotated[float, typer.Option(help="For answers under way after SIGTERM or Ctrl-C.", min=0)] = 30,
+    page: Annotated[
+        bool | None,
+        typer.Option(
+            "--page/--no-page",
+            help="A page at / to try the model in a browser; default: where flashsloth[web] is installed.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = None,
     visual_tokens: options.VisualTokens = None,
     device: options.Device = "auto",
@@ -105,6 +115,7 @@ def serve(
     if image_root is not None and not image_root.is_dir():
         raise ValueError(f"--image-root {image_root} is no folder")
     keys = read_api_keys(api_key or (), api_key_file)
+    page = options.has_page(page)
     listening = listen(host, port)
     with listening:
         session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
@@ -129,23 +140,33 @@ def serve(
             request_seconds=request_seconds,
             drain_seconds=drain_seconds,
         )
-        running = _start_engine(engine, session, max_in_flight)
-        address, bound = listening.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
+        running = start_engine(engine, session, max_in_flight)
+        address = listening.getsockname()[0]
 
         def say_where() -> None:
-            if not keys and not _is_loopback(address):
+            if not keys and not is_loopback(address):
                 messages.say("warning: other machines may ask without a key; see --api-key-file")
-            url = f"http://{shown}:{bound}"
-            messages.say(f"{settings.model_name} is served at {url}/v1 (described at {url}/docs); Ctrl-C stops it")
+            url = url_of(listening)
+            to_try = f", to be tried at {url}" if page else ""
+            messages.say(
+                f"{settings.model_name} is served at {url}/v1 (described at {url}/docs){to_try}; Ctrl-C stops it"
+            )
 
         try:
-            run_server(create_app(running, settings, _make_grammar(session)), listening, say_where)
+            app = create_app(running, settings, _make_grammar(session))
+            if page:
+                from flashsloth.web.page import mount_page
+                from flashsloth.web.sources import InProcess
+
+                source = InProcess({settings.model_name: (running, session)}, max_new_tokens)
+                app = mount_page(app, source, settings)
+            run_server(app, listening, say_where)
         finally:
             running.stop()
 
 
-def _start_engine(name: str, session: FlashSloth, most: int) -> Any:
+def start_engine(name: str, session: FlashSloth, most: int) -> Any:
+    """An engine that runs; `most` requests may wait."""
     from flashsloth.serve.engine import Engine, EngineSettings
     from flashsloth.serve.simple import OneAtATime
 
@@ -164,7 +185,14 @@ def _make_grammar(session: FlashSloth) -> Any:
     return None if find_spec("llguidance") is None else MakeGrammar(session)
 
 
-def _is_loopback(address: str) -> bool:
+def url_of(listening: socket.socket) -> str:
+    """Where a listening socket is reached."""
+    address, port = listening.getsockname()[:2]
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches an address."""
     import ipaddress
 
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
