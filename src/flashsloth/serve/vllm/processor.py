@@ -62,8 +62,8 @@ class FlashSlothMultiModalProcessor(BaseMultiModalProcessor[FlashSlothProcessing
         ValueError: always; only the renderer knows which tokens are a question.
         """
         raise ValueError(
-            "FlashSloth takes chat messages, or a text as the processor's apply_chat_template renders it; tokens do not "
-            "tell which of them are the question"
+            "FlashSloth takes chat messages, or a text as its processor's apply_chat_template renders it; tokens do "
+            "not tell which of them are the question"
         )
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:

@@ -98,7 +98,9 @@ def engine_input(prompt: EncodedPrompt, pixel_values: Tensor | None, config: Fla
     def add(modality: str, item: dict[str, Tensor], digest: bytes, position: int, length: int) -> None:
         # small tensors stay on the CPU, where the scheduler and the embedding read them
         elements = {
-            name: MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=not data.is_floating_point()))
+            name: MultiModalFieldElem(
+                data=data, field=MultiModalBatchedField(keep_on_cpu=not data.is_floating_point())
+            )
             for name, data in item.items()
         }
         items.setdefault(modality, []).append(MultiModalKwargsItem(elements))

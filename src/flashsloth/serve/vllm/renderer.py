@@ -100,8 +100,8 @@ class FlashSlothRenderer(HfRenderer):
         needed = longest_question(encoded) + self._config.num_query_tokens
         if needed > step:
             raise VLLMValidationError(
-                f"a question and its queries are {needed} tokens, but a step of the engine takes {step}; shorten it, or "
-                "start the server with a larger --max-num-batched-tokens",
+                f"a question and its queries are {needed} tokens, but a step of the engine takes {step}; shorten it, "
+                "or start the server with a larger --max-num-batched-tokens",
                 parameter="messages",
             )
         return {"prompt_token_ids": encoded.ids, ENCODED: encoded}
@@ -120,8 +120,8 @@ class FlashSlothRenderer(HfRenderer):
             placeholders = {self._config.image_token_id, self._config.query_token_id}
             if prompt.get("multi_modal_data") or placeholders.intersection(prompt["prompt_token_ids"]):
                 raise VLLMValidationError(
-                    "FlashSloth takes chat messages, or a text as its processor's apply_chat_template renders it; token "
-                    "ids do not tell which of them are the question",
+                    "FlashSloth takes chat messages, or a text as its processor's apply_chat_template renders it; "
+                    "token ids do not tell which of them are the question",
                     parameter="prompt",
                 )
         elif prompt["prompt_token_ids"] != encoded.ids:

@@ -87,6 +87,6 @@ class TransformersBackendSettings(VerifyAndUpdateConfig):
         """
         if model_config.hf_config.model_type == FlashSlothConfig.model_type:
             raise ValueError(
-                "--model-impl transformers never runs FlashSloth's embedded query module, and answers are wrong without "
-                "it; leave the option out"
+                "--model-impl transformers never runs FlashSloth's embedded query module, and answers are wrong "
+                "without it; leave the option out"
             )
