@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from .chat import MakeGrammar, Source, check_chat, make_requests, read_grammar, read_messages
+from .chat import MakeGrammar, Source, check_chat, constraint, make_requests, read_grammar, read_messages
 from .errors import (
     BAD_REQUEST,
     INTERNAL,
@@ -183,11 +183,11 @@ class Service:
             stack.callback(lambda: self.metrics.request_seconds.observe(time.monotonic() - started))
             answers = stack.enter_context(self.answers(request, count, deadline))
             with anyio.move_on_after(self.settings.request_seconds) as clock:
-                grammars = [await self._grammar(chat) for _ in range(count)]
+                grammar = None if constraint(chat) is None else await self._grammar(chat)
                 before_images = time.monotonic()
                 images = await self.images(sources, stack)
                 image_seconds = time.monotonic() - before_images
-                await answers.submit(make_requests(chat, messages, images, grammars, self.settings))
+                await answers.submit(make_requests(chat, messages, images, grammar, self.settings))
             if clock.cancelled_caught:
                 raise self._unavailable("the time for one request is over")
             reply = Reply(chat.model, count, bool(chat.logprobs), image_seconds)

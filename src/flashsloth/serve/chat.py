@@ -146,10 +146,10 @@ def make_requests(
     chat: ChatRequest,
     messages: list[dict[str, Any]],
     images: Sequence[Image.Image],
-    grammars: Sequence[Any],
+    grammar: Any,
     settings: Settings,
 ) -> list[Request]:
-    """One request for each of the answers that are asked for, each with its own constraint or None."""
+    """One request for each of the answers that are asked for, under one constraint or None."""
     stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop or ()
     sampling = Sampling(
         max_tokens=chat.max_tokens or chat.max_completion_tokens or settings.max_tokens,
@@ -163,7 +163,7 @@ def make_requests(
     if images:
         visual_tokens = settings.visual_tokens if chat.visual_tokens is None else chat.visual_tokens
     requests = []
-    for index, grammar in enumerate(grammars):
+    for index in range(chat.n or 1):
         seed = None if chat.seed is None else (chat.seed + index) % SEEDS
         requests.append(Request(messages, images, replace(sampling, seed=seed, grammar=grammar), visual_tokens))
     return requests

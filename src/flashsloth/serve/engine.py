@@ -177,7 +177,9 @@ class Engine:
         """
         submitted = time.perf_counter()
         with self._changed:
-            if not self.is_accepting or len(self._waiting) + self._preparing >= self.settings.max_queue:
+            if not self.is_accepting:
+                raise Overloaded(self._retry_after(), is_stopping=True)
+            if len(self._waiting) + self._preparing >= self.settings.max_queue:
                 raise Overloaded(self._retry_after())
             self._preparing += 1
         try:
@@ -194,7 +196,7 @@ class Engine:
                 self._waiting.append(row)
             self._changed.notify_all()
         if has_ended:
-            raise Overloaded(self._retry_after())
+            raise Overloaded(self._retry_after(), is_stopping=True)
         return row.ticket
 
     def drain(self, timeout: float | None = None) -> bool:

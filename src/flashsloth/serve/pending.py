@@ -168,7 +168,8 @@ class Answers:
         if isinstance(error, ApiError):
             return error
         if isinstance(error, Overloaded):
-            return ApiError(TOO_MANY, str(error), code="overloaded", retry_after=error.retry_after)
+            status = UNAVAILABLE if error.is_stopping else TOO_MANY
+            return ApiError(status, str(error), code="overloaded", retry_after=error.retry_after)
         if isinstance(error, ValueError):
             return ApiError(BAD_REQUEST, str(error))
         if isinstance(error, TimeoutError):

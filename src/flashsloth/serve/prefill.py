@@ -23,6 +23,8 @@ from .prompts import RECORD, Prompt
 
 # images that are encoded in one call
 IMAGES_AT_ONCE = 16
+# A call of its own has to spare so many tokens: reading all weights once more, or starting all kernels, costs as much.
+TOKENS_OF_A_CALL = 64
 
 
 @dataclass
@@ -80,10 +82,15 @@ class Prefill:
             self.embedded_query_prompts += int(args[1].image_mask_BGK.flatten(1).any(dim=1).sum())
 
     def groups(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Which prompts to run together: those whose longer half is known run alone, the others side by side."""
+        """Which prompts to run together: those whose longer half is known, if that is long enough to pay for a call of
+        its own, run alone, the others side by side."""
         if len(prompts) == 1:
             return [[0]]
-        alone = [index for index, prompt in enumerate(prompts) if 2 * self._known(prompt)[0] >= prompt.tokens]
+        alone = [
+            index
+            for index, prompt in enumerate(prompts)
+            if self._known(prompt)[0] >= max(TOKENS_OF_A_CALL, prompt.tokens / 2)
+        ]
         together = [index for index in range(len(prompts)) if index not in alone]
         return [[index] for index in alone] + ([together] if together else [])
 

@@ -100,8 +100,14 @@ Event = Piece | Finished
 
 
 class Overloaded(RuntimeError):
-    """The queue is full; `retry_after` is in seconds."""
+    """No request is taken now.
 
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the server has as many requests as it takes; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
+    Args:
+        retry_after: seconds after which the queue may have room.
+        is_stopping: the engine takes nothing more, as it shuts down or has not been started; else its queue is full.
+    """
+
+    def __init__(self, retry_after: float, is_stopping: bool = False) -> None:
+        cause = "the server is shutting down" if is_stopping else "the server has as many requests as it takes"
+        super().__init__(f"{cause}; try again in {retry_after:.0f} s")
+        self.retry_after, self.is_stopping = retry_after, is_stopping

@@ -1,6 +1,7 @@
 """Runs the application until it is told to stop, and lets it finish what it has begun."""
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import Callable
@@ -68,6 +69,9 @@ def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], No
         lifespan="on",
         timeout_graceful_shutdown=drain_seconds + HANG_UP_SECONDS,
     )
+    # The model and the libraries stay; going through them at every collection would make answers wait.
+    gc.collect()
+    gc.freeze()
     # uvicorn repeats the signals that it had; the first of them has been answered by then
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:

@@ -50,6 +50,10 @@ class Reply:
     def note(self, index: int, finished: Finished) -> None:
         self.finished[index] = finished
 
+    @property
+    def is_finished(self) -> bool:
+        return None not in self.finished
+
     def usages(self) -> list[Usage]:
         return [finished.usage for finished in self.finished if finished is not None]
 
@@ -159,19 +163,20 @@ async def collect(answers: Answers, reply: Reply, on_text: Callable[[], None]) -
 async def encode(
     events: AsyncIterator[list[tuple[int, Event]]], reply: Reply, include_usage: bool, on_text: Callable[[], None]
 ) -> AsyncIterator[bytes]:
-    """Server-sent events; an error is the last of them."""
+    """Server-sent events; an error is the last of them. What is there at the same time goes out together."""
+    lines = list(map(_sse, reply.opening(include_usage)))
     try:
-        yield b"".join(map(_sse, reply.opening(include_usage)))
         async for batch in events:
-            lines = []
             for index, event in batch:
                 if isinstance(event, Finished):
                     reply.note(index, event)
                 else:
                     on_text()
                 lines.append(_sse(reply.chunk(index, event, include_usage)))
-            yield b"".join(lines)
-        yield (_sse(reply.last_chunk()) if include_usage else b"") + END
+            if not reply.is_finished:
+                yield b"".join(lines)
+                lines.clear()
+        yield b"".join(lines) + (_sse(reply.last_chunk()) if include_usage else b"") + END
     except ApiError as error:
         yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
     except ClientGone:
