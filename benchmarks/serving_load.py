@@ -217,7 +217,7 @@ def load(
                     str(sum(row["failed"] for row in measured)),
                 ]
             )
-    _write(output, report, columns, rows)
+    write(output, report, columns, rows)
 
 
 def _ratios(cells: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, dict[int, dict[str, float]]]:
@@ -318,7 +318,7 @@ def one_client(
         f"{different} of {rounds * requests}",
         str(sum(one["failed"] for one in measured)),
     ]
-    _write(output, report, columns, [row])
+    write(output, report, columns, [row])
 
 
 @app.command("memory")
@@ -366,7 +366,7 @@ def memory(
         *(f"{mark['bytes'] / MEBIBYTE:.0f}" for mark in marks),
         str(failed),
     ]
-    _write(output, report, columns, [row])
+    write(output, report, columns, [row])
 
 
 @app.command("kill")
@@ -406,7 +406,7 @@ def kill(
         ]
         for index, row in enumerate(rows)
     ]
-    _write(output, report, columns, table)
+    write(output, report, columns, table)
 
 
 def _kill(server: Server, bodies: Sequence[bytes], clients: int) -> dict[str, Any]:
@@ -439,7 +439,7 @@ def _kill(server: Server, bodies: Sequence[bytes], clients: int) -> dict[str, An
     }
 
 
-def _write(output: Path, report: dict[str, Any], columns: list[str], rows: list[list[str]]) -> None:
+def write(output: Path, report: dict[str, Any], columns: list[str], rows: list[list[str]]) -> None:
     output.write_text(json.dumps(report, indent=2) + "\n")
     lines = [columns, ["---"] * len(columns), *rows]
     table = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)

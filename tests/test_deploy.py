@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from flashsloth.serve.app import create_app
 from flashsloth.serve.engine import EngineStatistics
 from flashsloth.serve.settings import Settings
-from flashsloth_cli.commands.serve import serve
+from flashsloth_cli.commands import serve as serve_command
 from flashsloth_cli.main import main
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -108,19 +108,16 @@ def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
 @pytest.mark.parametrize("place", ["Dockerfile", "compose", "systemd", "kubernetes"])
 def test_the_commands_are_taken(place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """They come as far as the address, which none of them can have here."""
-    from flashsloth.serve import server
-
     asked: list[tuple[str, int]] = []
 
     def refuse(host: str, port: int) -> None:
         asked.append((host, port))
         raise OSError("not here")
 
-    monkeypatch.setattr(server, "listen", refuse)
+    monkeypatch.setattr(serve_command, "listen", refuse)
     assert main(["serve", *commands()[place]]) == 2
     assert "not here" in capsys.readouterr().err
     assert asked == [("127.0.0.1" if place == "systemd" else "0.0.0.0", 8000)]
-    assert serve.__doc__
 
 
 def test_the_probes_are_answered() -> None:

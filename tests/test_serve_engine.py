@@ -16,6 +16,7 @@ from flashsloth import FlashSlothProcessor
 from flashsloth.inference import load
 from flashsloth.inference.session import FlashSloth
 from flashsloth.serve.engine import Engine, EngineSettings
+from flashsloth.serve.prefill import TOKENS_OF_A_CALL
 from flashsloth.serve.requests import Finished, Overloaded, Piece, Request, Sampling
 from flashsloth.serve.tickets import Ticket
 from tiny_models import DECODERS, EOS, IMAGE, PAD, QUERY, VOCABULARY, tiny_model
@@ -174,6 +175,41 @@ def test_every_answer_about_an_image_needs_the_embedded_query_module(name, start
             parameter.zero_()
     answers = answered(started(session), list(cases.values()))
     assert [case for case, tokens in zip(cases, answers, strict=True) if tokens == expected[case]] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_are_taken_out_in_mid_answer_leave_the_others_as_they_are(name, started):
+    """Little room, and every other request cancelled at some step: rows change their places, columns are moved."""
+    session, cases = make_session(**MODELS[name]), cases_of(name)
+    expected = {case: generated(session, request) for case, request in cases.items()}
+    engine, chance = started(session, max_batch_size=3, max_prefill_tokens=60), random.Random(2)
+    kept, cancelled = [], []
+    for request in cases.values():
+        cancelled.append(engine.submit(asked("away", [A], max_tokens=100)))
+        kept.append(engine.submit(request))
+        for _ in range(chance.randrange(4)):
+            cancelled[-1].get(timeout=60)
+        chance.choice(cancelled).cancel()
+    for ticket in cancelled:
+        ticket.cancel()
+    answers = [read(ticket)[0] for ticket in kept]
+    assert {case: tokens for case, tokens in zip(cases, answers, strict=True) if tokens != expected[case]} == {}
+    assert engine.drain(timeout=60)
+
+
+def test_prompts_are_run_alone_where_what_is_known_pays_for_it(session, started):
+    engine = started(session)
+    long = [user("a question with many letters " * 4, 1), assistant("A dog"), user("and")]
+    short = [user("what is it", 1), assistant("A dog"), user("and")]
+    for messages in (long, short):
+        read(engine.submit(asked(messages[:1], [A], max_tokens=1)))
+        read(engine.submit(asked(messages, [A], max_tokens=1)))
+    assert engine.drain(timeout=60)
+    prompts = [engine._prepare(asked(messages, [A])) for messages in (long, short, [user("who", 1)])]
+    known = [engine._prefill._known(prompt)[0] for prompt in prompts]
+    assert known[0] > TOKENS_OF_A_CALL > known[1] > prompts[1].tokens / 2
+    assert engine._prefill.groups(prompts) == [[0], [1, 2]]
+    assert engine._prefill.groups(prompts[1:2]) == [[0]]
 
 
 @pytest.mark.parametrize("name", ["phi", "gemma2", "HD"])
@@ -452,9 +488,10 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(session, started):
     running = engine.submit(asked("what", [A], max_tokens=200))
     running.get(timeout=30)
     waiting = [engine.submit(asked("what", [A], max_tokens=1)) for _ in range(2)]
-    with pytest.raises(Overloaded, match="try again in 1 s") as error:
+    with pytest.raises(Overloaded, match="as many requests as it takes; try again in 1 s") as error:
         engine.submit(asked("what"))
     assert error.value.retry_after >= 1
+    assert not error.value.is_stopping
     running.cancel()
     assert [read(ticket)[1].reason for ticket in waiting] == ["length", "length"]
     assert read(engine.submit(asked("what")))[1].reason == "length"
@@ -467,8 +504,9 @@ def test_draining_answers_what_is_there_and_stopping_cancels_it(session, started
     assert engine.drain(timeout=60)
     assert not engine.is_accepting
     assert {read(ticket)[1].reason for ticket in tickets} == {"length"}
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded, match="shutting down") as error:
         engine.submit(CASES["one image"])
+    assert error.value.is_stopping
 
     engine = started(session, max_batch_size=1)
     tickets = [engine.submit(asked("what", [A], max_tokens=200)) for _ in range(2)]

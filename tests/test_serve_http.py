@@ -25,7 +25,6 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -40,17 +39,11 @@ from flashsloth.serve.requests import Event, Finished, Overloaded, Piece, Reques
 from flashsloth.serve.settings import Settings
 from flashsloth.serve.simple import OneAtATime
 from flashsloth_cli.main import main
+from running_server import CHAT, connected, data_url, running, wait_for
 from tiny_session import noise_image
 
 ROOT = Path(__file__).parents[1]
-CHAT = "/v1/chat/completions"
 USAGE = Usage(10, 2, 4, 3, {"queue": 0.0, "prefill": 0.5})
-
-
-def data_url(image: Image.Image, format: str = "PNG") -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def sample(name: str) -> str:
@@ -119,39 +112,6 @@ class Scripted:
 
 def client_of(engine: Any, make_grammar: Any = None, **settings: Any) -> TestClient:
     return TestClient(create_app(engine, Settings(**settings), make_grammar), raise_server_exceptions=False)
-
-
-@contextlib.contextmanager
-def running(engine: Any, make_grammar: Any = None, **settings: Any) -> Iterator[str]:
-    """The address of a server in a thread."""
-    app = create_app(engine, Settings(**settings), make_grammar)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@contextlib.contextmanager
-def connected(address: str, content: bytes, length: int | None = None) -> Iterator[socket.socket]:
-    """A connection over which a chat request was sent, perhaps with the length of a longer one."""
-    host, port = address.removeprefix("http://").split(":")
-    length = len(content) if length is None else length
-    lines = [f"POST {CHAT} HTTP/1.1", "Host: a", "Content-Type: application/json", f"Content-Length: {length}", "", ""]
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall("\r\n".join(lines).encode() + content)
-        yield connection
-
-
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
@@ -586,6 +546,7 @@ class Broken(Exception):
         (ValueError("the prompt has 9 tokens"), 400, "9 tokens"),
         (ValueError("half an emoji \ud83d"), 400, "half an emoji"),
         (Overloaded(3.2), 429, "try again in 3 s"),
+        (Overloaded(3.2, is_stopping=True), 503, "the server is shutting down; try again in 3 s"),
         (Broken("secret"), 503, "failed"),
         (MemoryError(), 503, "failed"),
         (Finished("cancelled", USAGE), 503, "given up"),
@@ -976,8 +937,8 @@ def test_the_command_says_what_is_wrong(
             (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
             (["--engine", "steam"], "no engine 'steam'"),
             (["--image-root", str(tmp_path / "missing")], "is no folder"),
-            (["--api-key-file", str(tmp_path / "missing")], "missing"),
-            (["--api-key", "a b"], "printable"),
+            (["--api-key-file", str(tmp_path / "missing"), "--port", "0"], "missing"),
+            (["--api-key", "a b", "--port", "0"], "printable"),
             (["--visual-tokens", "15", "--port", "0"], "visual"),
             ([str(tmp_path / "no-model"), "--port", "0"], "no-model"),
         ):
@@ -986,5 +947,5 @@ def test_the_command_says_what_is_wrong(
             assert message in lines[-1] and lines[-1].startswith("error:"), lines
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "flashsloth.serve.app")
-    assert main(["serve"]) == 2
+    assert main(["serve", "--port", "0"]) == 2
     assert "pip install 'flashsloth[serve]'" in capsys.readouterr().err

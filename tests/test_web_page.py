@@ -19,10 +19,10 @@ from flashsloth.checkpoints.hub import ASSETS  # noqa: E402
 from flashsloth.inference import load  # noqa: E402
 from flashsloth.serve.app import create_app  # noqa: E402
 from flashsloth.serve.engine import Engine  # noqa: E402
-from flashsloth.serve.server import listen  # noqa: E402
 from flashsloth.serve.settings import Settings  # noqa: E402
 from flashsloth.web.page import mount_page  # noqa: E402
 from flashsloth.web.sources import InProcess, Remote  # noqa: E402
+from flashsloth_cli.listening import listen  # noqa: E402
 
 pytestmark = pytest.mark.browser
 

@@ -13,22 +13,7 @@ from fastapi import FastAPI
 from .app import Service
 
 HANG_UP_SECONDS = 5  # for the last words of answers that were given up
-BACKLOG = 2048
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
-
-    Raises:
-        OSError: says which address cannot be listened on, and why.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot listen on {host}, port {port}: {cause}; choose others with --host, --port") from error
 
 
 class _Server(uvicorn.Server):
@@ -55,7 +40,7 @@ def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], No
 
     Args:
         app: as `create_app` makes it, or another, which has nothing under way to be finished.
-        listening: as `listen` makes it; closed at the end.
+        listening: listens already; closed at the end.
         on_start: called when requests are taken.
     """
     service: Service | None = getattr(app.state, "service", None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashsloth_cli import messages, options
+from flashsloth_cli.listening import listen
 
 if TYPE_CHECKING:
     import socket
@@ -125,43 +126,43 @@ def serve(
         raise ValueError(f"there is no engine {engine!r}; choose from {', '.join(ENGINES)}")
     if vllm_options is not None and engine != "vllm":
         raise ValueError("--vllm-options are for --engine vllm")
-    try:
-        from flashsloth.serve.app import create_app
-        from flashsloth.serve.server import listen, run_server
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] == "flashsloth":
-            raise
-        raise ImportError(f"flashsloth serve needs {error.name}; install it with: {INSTALL_COMMAND}") from error
-    from flashsloth.serve.limits import read_api_keys
-    from flashsloth.serve.settings import Settings
-
     if image_root is not None and not image_root.is_dir():
         raise ValueError(f"--image-root {image_root} is no folder")
-    keys = read_api_keys(api_key or (), api_key_file)
-    settings = Settings(
-        model_name=name or model,
-        api_keys=keys,
-        max_tokens=max_new_tokens,
-        visual_tokens=visual_tokens,
-        max_in_flight=max_in_flight,
-        max_body_bytes=int(max_body_mib * MEBIBYTE),
-        max_images=max_images,
-        max_image_bytes=int(max_image_mib * MEBIBYTE),
-        max_pixels=int(max_megapixels * 1e6),
-        max_pixels_in_flight=max(Settings.max_pixels_in_flight, int(max_images * max_megapixels * 1e6)),
-        image_store_bytes=int(image_store_mib * MEBIBYTE),
-        image_root=image_root,
-        allow_private_urls=allow_private_urls,
-        request_seconds=request_seconds,
-        drain_seconds=drain_seconds,
-    )
     if engine == "vllm":
         _refuse_options(context)
-        _serve_by_vllm(model, settings, host, port, dtype, compiled, shlex.split(vllm_options or ""))
-        return
-    page = options.has_page(page)
-    listening = listen(host, port)
-    with listening:
+    # Before the imports, which take seconds: clients that come during a restart wait instead of being refused.
+    with listen(host, port) as listening:
+        try:
+            from flashsloth.serve.app import create_app
+            from flashsloth.serve.server import run_server
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] == "flashsloth":
+                raise
+            raise ImportError(f"flashsloth serve needs {error.name}; install it with: {INSTALL_COMMAND}") from error
+        from flashsloth.serve.limits import read_api_keys
+        from flashsloth.serve.settings import Settings
+
+        settings = Settings(
+            model_name=name or model,
+            api_keys=read_api_keys(api_key or (), api_key_file),
+            max_tokens=max_new_tokens,
+            visual_tokens=visual_tokens,
+            max_in_flight=max_in_flight,
+            max_body_bytes=int(max_body_mib * MEBIBYTE),
+            max_images=max_images,
+            max_image_bytes=int(max_image_mib * MEBIBYTE),
+            max_pixels=int(max_megapixels * 1e6),
+            max_pixels_in_flight=max(Settings.max_pixels_in_flight, int(max_images * max_megapixels * 1e6)),
+            image_store_bytes=int(image_store_mib * MEBIBYTE),
+            image_root=image_root,
+            allow_private_urls=allow_private_urls,
+            request_seconds=request_seconds,
+            drain_seconds=drain_seconds,
+        )
+        if engine == "vllm":
+            _serve_by_vllm(model, settings, listening, dtype, compiled, shlex.split(vllm_options or ""))
+            return
+        page = options.has_page(page)
         session = options.load_session(model, device, dtype, quantize, compiled, share_equal_views)
         session.image_tokens(1, visual_tokens)  # refuses a number that the model cannot make
         if compiled:
@@ -200,7 +201,7 @@ def _refuse_options(context: typer.Context) -> None:
 
 
 def _serve_by_vllm(
-    model: str, settings: Settings, host: str, port: int, dtype: str, compiled: bool, given: list[str]
+    model: str, settings: Settings, listening: socket.socket, dtype: str, compiled: bool, given: list[str]
 ) -> None:
     from importlib.util import find_spec
 
@@ -211,7 +212,6 @@ def _serve_by_vllm(
         )
     from flashsloth import FlashSlothConfig, FlashSlothProcessor
     from flashsloth.checkpoints.hub import resolve
-    from flashsloth.serve.server import listen
 
     folder = resolve(model)
     if settings.visual_tokens is not None:
@@ -221,8 +221,7 @@ def _serve_by_vllm(
     from flashsloth.serve.vllm.launch import run, server_arguments
 
     args = server_arguments(folder, settings, dtype, compiled, given)
-    with listen(host, port) as listening:
-        run(args, settings, listening, lambda: _say_where(settings, listening, page=False))
+    run(args, settings, listening, lambda: _say_where(settings, listening, page=False))
 
 
 def start_engine(name: str, session: FlashSloth, most: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flashsloth_cli import messages, options
+from flashsloth_cli.listening import listen
 
 URL_KEY_VARIABLE = "OPENAI_API_KEY"
 MOST_WAITING = 64
@@ -59,7 +60,7 @@ def web(
 
     from flashsloth.serve.app import create_app
     from flashsloth.serve.limits import read_api_keys
-    from flashsloth.serve.server import listen, run_server
+    from flashsloth.serve.server import run_server
     from flashsloth.serve.settings import Settings
     from flashsloth.web.page import mount_page
     from flashsloth.web.sources import InProcess, Remote
