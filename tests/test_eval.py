@@ -12,10 +12,12 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="evaluating needs lmms-eval: pip install --no-deps lmms-eval")
 
+import datasets
+
 from benchmark_records import ALL
 from flashsloth.evaluate.adapter import FlashSlothAdapter, read_messages
 from flashsloth.evaluate.benchmarks import BENCHMARKS, chosen
-from flashsloth.evaluate.harness import load_task, quieten, task_index
+from flashsloth.evaluate.harness import fetch, load_task, quieten, task_index
 from flashsloth.evaluate.manifest import MODEL_NAME
 from flashsloth.evaluate.report import read_results, write_report
 from flashsloth.evaluate.runner import EvalSettings, run_suite
@@ -23,8 +25,9 @@ from flashsloth.evaluate.synthetic import evaluate
 from flashsloth.evaluate.variants import CONTROLS, read_variants
 from flashsloth.evaluate.verdicts import DONE, FAILED, INCOMPLETE, NOT_JUDGED
 from flashsloth.inference import load
+from flashsloth.model.chat_text import DEFAULT_CHAT_TEMPLATE
 from flashsloth_cli.main import main
-from tiny_session import noise_image, tiny_folder
+from tiny_session import TEMPLATE, noise_image, tiny_folder
 
 SCENES = BENCHMARKS["flashsloth_scenes"]
 OWN = {"images": 24}
@@ -65,9 +68,11 @@ def test_answers_are_those_of_ask(batch_size, scenes, session):
     assert given == asked and len(set(given)) > 3
 
 
-def test_answers_are_those_of_ask_with_a_tiny_model(tmp_path):
+@pytest.mark.parametrize("template", [TEMPLATE, DEFAULT_CHAT_TEMPLATE], ids=["short", "published"])
+def test_answers_are_those_of_ask_with_a_tiny_model(template, tmp_path):
     """Random weights answer with long nonsense, of which every token must be the same; a text without image too."""
     session = load(tiny_folder(tmp_path / "tiny"))
+    session.processor.chat_template = template
     adapter = FlashSlothAdapter(session=session, batch_size=8)
     docs = [{"image": noise_image(number), "text": "what " * (1 + number) + "?"} for number in range(8)]
     adapter.task_dict["tiny"] = {"test": docs}
@@ -151,6 +156,37 @@ def test_what_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "not judged" not in said and "no judge: give --judge-url" in said
     assert len([line for line in said.splitlines() if line.startswith("warning:")]) == 5
+
+
+def test_without_a_network_a_task_says_so(tmp_path, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr("datasets.load_dataset", refused)
+    with pytest.raises(ValueError, match="POPE: lmms-lab-encoder/POPE cannot be loaded: the hub cannot be reached"):
+        fetch(BENCHMARKS["pope"], tmp_path)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the attempts of lmms-eval
+    (row,) = run_suite(EvalSettings("nano", "", [BENCHMARKS["pope"]]), tmp_path)["rows"]
+    assert (row["status"], row["score"]) == (FAILED, None)
+    assert row["reason"] == "the data of pope cannot be loaded: the hub cannot be reached"
+
+
+def test_what_is_fetched_can_be_asked(tmp_path, monkeypatch):
+    planted = ALL["gqa"]()
+    planted.save(tmp_path / "hub", "gqa")
+    places = {"testdev_balanced_instructions": "gqa", "testdev_balanced_images": "gqa-testdev_balanced_images"}
+
+    def from_hub(name: str, part: str, split: dict[str, str]) -> dict:
+        assert name == "lmms-lab-encoder/GQA" and split == {"testdev": "testdev"}
+        return dict(datasets.load_from_disk(str(tmp_path / "hub" / places[part])))
+
+    monkeypatch.setattr("datasets.load_dataset", from_hub)
+    for _ in range(2):  # the second finds all there
+        fetch(BENCHMARKS["gqa"], tmp_path / "data")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == set(places.values())
+    gqa = [BENCHMARKS["gqa"]]
+    assert len(load_task(task_index(gqa), gqa[0], tmp_path / "data", {}).eval_docs) == len(planted.rows)
 
 
 def test_a_full_disk_costs_the_cache_only(tmp_path, scenes, session, caplog):

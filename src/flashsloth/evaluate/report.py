@@ -150,6 +150,6 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """(right, wrong) of those with a picture or an error."""
-    picked = [each for each in samples if "thumbnail" in each or each["error"]]
+    """(right, wrong) of those that are shown."""
+    picked = [each for each in samples if each["shown"]]
     return [each for each in picked if each["score"] == 1.0], [each for each in picked if each["score"] != 1.0]

@@ -14,12 +14,13 @@ QUALITY = 80
 
 
 def thumbnails(task: Any, samples: Sequence[dict[str, Any]], each: int) -> None:
-    """Put `thumbnail`, a data URL, into the first samples that are right and the first that are not."""
+    """Mark the first samples that are right and the first that are not as `shown`, with `thumbnail`, a data URL."""
     split = task.config.test_split or task.config.validation_split
     right = [sample for sample in samples if sample["score"] == 1.0][:each]
     wrong = [sample for sample in samples if sample["score"] != 1.0][:each]
     for sample in right + wrong:
-        if sample["error"] is not None:
+        sample["shown"] = True
+        if sample["error"] is not None:  # its picture cannot be read
             continue
         images, _ = read_messages(task.doc_to_messages(task.dataset[split][sample["id"]]))
         sample["thumbnail"] = _data_url(images[0]) if images else None

@@ -149,6 +149,8 @@ def _sample(
         "held_out": doc.get("held_out"),
         "visual_tokens": getattr(response, "visual_tokens", 0),
         "error": failures.get(number),
+        "shown": False,
+        "thumbnail": None,
         "judge_failed": not bypass and benchmark.judged and _judge_failed(value, _first(logged["filtered_resps"])),
     }
 
