@@ -126,7 +126,8 @@ def _register(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
 def _replace(model: ir.Model, node: ir.Node, new: list[ir.Node]) -> None:
     """Put nodes in the place of one; the last gives its output."""
     output, replacement = node.outputs[0], new[-1].outputs[0]
-    replacement.shape, replacement.dtype = output.shape, output.dtype
+    if output.dtype is not None:
+        replacement.shape, replacement.dtype = output.shape, output.dtype
     model.graph.insert_before(node, new)
     output.replace_all_uses_with(replacement, replace_graph_outputs=True)
     name, output.name = output.name, f"{output.name}_replaced"
