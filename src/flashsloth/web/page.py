@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,20 @@ ABOUT = (
 )
 
 
+@dataclass(frozen=True)
 class _Answered:
     """A turn with what is shown beside its answer."""
 
-    def __init__(self, turn: Turn, beside: str) -> None:
-        self.turn, self.beside = turn, beside
+    turn: Turn
+    beside: str
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Turns about some images, which other images end."""
+
+    files: tuple[str, ...] = ()
+    answered: tuple[_Answered, ...] = ()
 
 
 class Page:
@@ -81,8 +91,8 @@ class Page:
                 raise ValueError(f"{Path(path).name} cannot be used: {message}") from error
         return images
 
-    def check(self, files: Sequence[tuple[str, Any]] | None) -> tuple[Any, list[_Answered], list[Any]]:
-        """New images begin a new conversation; those that cannot be used are taken out, with a message."""
+    def check(self, files: Sequence[tuple[str, Any]] | None) -> Any:
+        """Take files out of the gallery that cannot be used, with a message."""
         good = []
         for file in files or ():
             try:
@@ -93,8 +103,7 @@ class Page:
         if len(good) > self.settings.max_images:
             gradio.Warning(f"Only the first {self.settings.max_images} images are kept.")
             good = good[: self.settings.max_images]
-        kept = gradio.skip() if len(good) == len(files or ()) else ([path for path, _ in good] or None)
-        return kept, [], []
+        return gradio.skip() if len(good) == len(files or ()) else [path for path, _ in good] or None
 
     def ask(
         self,
@@ -102,23 +111,25 @@ class Page:
         files: Sequence[tuple[str, Any]] | None,
         model: str,
         tokens: str,
-        answered: list[_Answered],
+        chat: _Chat,
     ) -> Iterator[tuple[Any, ...]]:
-        """Stream the answer: (text box, chat, turns). What is wrong is told in a message, and changes nothing."""
+        """Stream the answer: (text box, messages, chat). What is wrong is told in a message, and changes nothing."""
+        names = tuple(path for path, _ in files or ())
+        chat = chat if chat.files == names else _Chat(names)
         try:
             if not question.strip():
                 raise ValueError("Write a question first.")
-            yield from self._ask(question.strip(), self.load(files), model, tokens, answered)
+            yield from self._ask(question.strip(), self.load(files), model, tokens, chat)
         except (ValueError, OSError) as error:
             gradio.Warning(str(error), title=REFUSED)
-            yield question, self.show(answered), gradio.skip()
+            yield question, self.show(chat), gradio.skip()
 
     def _ask(
-        self, question: str, images: list[Image.Image], model: str, tokens: str, answered: list[_Answered]
+        self, question: str, images: list[Image.Image], model: str, tokens: str, chat: _Chat
     ) -> Iterator[tuple[Any, ...]]:
         started = time.perf_counter()
         visual_tokens = None if tokens == MODELS_OWN else int(tokens)
-        turns = [*(each.turn for each in answered), Turn(question)]
+        turns = [*(each.turn for each in chat.answered), Turn(question)]
         text, cost, first_words = "", Cost(), None
         for piece in self.source.answer(model, images, turns, visual_tokens):
             if isinstance(piece, Cost):
@@ -126,14 +137,14 @@ class Page:
                 continue
             first_words = first_words or time.perf_counter() - started
             text += piece
-            yield "", self.show(answered, Turn(question, text)), gradio.skip()
+            yield "", self.show(chat, Turn(question, text)), gradio.skip()
         turn = Turn(question, text.strip())
         words = _cost_in_words(cost, first_words)
         turns[-1] = turn
-        yield "", self.show(answered, turn), gradio.skip()
+        yield "", self.show(chat, turn), gradio.skip()
         beside = self._beside_answer(words, self._explanation(model, images, turns, visual_tokens))
-        answered = [*answered, _Answered(turn, beside)]
-        yield "", self.show(answered), answered
+        chat = _Chat(chat.files, (*chat.answered, _Answered(turn, beside)))
+        yield "", self.show(chat), chat
 
     def _explanation(
         self, model: str, images: Sequence[Image.Image], turns: Sequence[Turn], visual_tokens: int | None
@@ -150,10 +161,10 @@ class Page:
         question = "" if explanation is None else explanation.question
         return self._beside.render(cost=cost, page=page, question=question)
 
-    def show(self, answered: Sequence[_Answered], under_way: Turn | None = None) -> list[dict[str, Any]]:
-        """The chat's messages."""
+    def show(self, chat: _Chat, under_way: Turn | None = None) -> list[dict[str, Any]]:
+        """The messages of a chat."""
         messages: list[dict[str, Any]] = []
-        for each in answered:
+        for each in chat.answered:
             messages += [
                 {"role": "user", "content": each.turn.question},
                 {"role": "assistant", "content": each.turn.answer or "(nothing)"},
@@ -193,7 +204,7 @@ def build(source: Source, settings: Settings) -> gradio.Blocks:
     samples = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
     with gradio.Blocks(title="FlashSloth", analytics_enabled=False) as blocks:
         gradio.Markdown(f"# FlashSloth\n{ABOUT}")
-        answered = gradio.State([])
+        state = gradio.State(_Chat())
         with gradio.Row():
             with gradio.Column(scale=2, min_width=280):
                 gallery = gradio.Gallery(
@@ -241,14 +252,14 @@ def build(source: Source, settings: Settings) -> gradio.Blocks:
                     ask = gradio.Button("Ask", variant="primary", elem_id="flashsloth-ask")
                     stop = gradio.Button("Stop")
                     anew = gradio.Button("New chat")
-        inputs, outputs = [question, gallery, model, tokens, answered], [question, chat, answered]
+        inputs, outputs = [question, gallery, model, tokens, state], [question, chat, state]
         asking = gradio.on(
             [ask.click, question.submit], page.ask, inputs, outputs, show_progress="hidden", api_name=False
         )
         stop.click(None, cancels=[asking], api_name=False)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_name": False}
-        anew.click(lambda: ([], []), None, [chat, answered], cancels=[asking], **quiet)
-        gallery.change(page.check, gallery, [gallery, chat, answered], cancels=[asking], **quiet)
+        anew.click(lambda: ([], _Chat()), None, [chat, state], cancels=[asking], **quiet)
+        gallery.upload(page.check, gallery, gallery, **quiet)
         model.change(page.choices, model, tokens, **quiet)
         for button, sample in examples:
             path = str(SAMPLES / sample["image"])
