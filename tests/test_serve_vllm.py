@@ -32,7 +32,9 @@ os.environ |= {
 
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
+from vllm.sampling_params import RequestOutputKind
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.checkpoints.hub import resolve
@@ -209,9 +211,10 @@ class Server:
         suppressed = set(settings.suppress_tokens or ())
         vocabulary = self.session.config.text_config.vocab_size
         return SamplingParams(
-            temperature=0,
+            temperature=options.pop("temperature", 0),
             max_tokens=asked.max_tokens,
             repetition_penalty=settings.repetition_penalty or 1.0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             allowed_token_ids=[token for token in range(vocabulary) if token not in suppressed],
             **options,
         )
@@ -313,30 +316,33 @@ def expected_of(session: FlashSloth) -> dict[str, list[int]]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "steps shorter than prompts": {"max_num_batched_tokens": 96, "long_prefill_token_threshold": 8},
-    "synchronous steps": {"async_scheduling": False},
-    "too little room for all": {"num_gpu_blocks_override": 9, "max_model_len": 224, "max_num_batched_tokens": 224},
-    "no chunks": {"enable_chunked_prefill": False, "max_num_batched_tokens": 400},
-}
+    "steps shorter than prompts": {
+        "block_size": 32, "max_num_batched_tokens": 96, "long_prefill_token_threshold": 8,
+    },
+    "synchronous steps": {"block_size": 64, "max_num_batched_tokens": 128, "async_scheduling": False},
+    "too little room for all": {"block_size": 32, "num_gpu_blocks_override": 14, "max_num_batched_tokens": 400},
+    "room for one": {"block_size": 64, "num_gpu_blocks_override": 8, "max_num_batched_tokens": 128},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("block_size", BLOCKS)
-def test_prompts_are_cut_and_found_again_without_another_answer(name, block_size, started, phi):
-    """Prefix caching is on, and the cases share images, questions and turns."""
+def test_prompts_are_cut_and_found_again_without_another_answer(name, started, phi):
+    """Prefix caching is on, and the cases share a turn, images and questions."""
     folder, session = phi
-    cases = {**CASES, **TEXT_ONLY}
-    expected = expected_of(session)
-    server = started(folder, session, block_size=block_size, **SETTINGS[name])
+    history = [user("what is it", 1), assistant(LONG)]
+    cases = {
+        case: Asked([*history, *asked.messages], [A, *asked.images], asked.max_tokens)
+        for case, asked in {**CASES, **TEXT_ONLY}.items()
+    }
+    expected = {case: generated(session, asked) for case, asked in cases.items()}
+    server = started(folder, session, **SETTINGS[name])
     assert wrong(server, cases, expected) == {}
     assert max(server.cached) > 0
     # a second time, whole turns are found
     assert wrong(server, cases, expected) == {}
-    if name == "too little room for all":
-        assert server.preempted > 0
+    assert bool(server.preempted) == ("num_gpu_blocks_override" in SETTINGS[name])
     server.remove_embedded_query()
-    asked = {case: asked for case, asked in cases.items() if asked.images}
-    assert wrong(server, asked, expected).keys() == asked.keys()
+    assert wrong(server, cases, expected).keys() == cases.keys() - {"one token"}
 
 
 class TestOneServer:
@@ -376,7 +382,9 @@ class TestOneServer:
 
     def test_several_answers_of_one_prompt_are_equal(self, server, phi):
         asked = CASES["longer than a window"]
-        assert server.answers([asked], n=3) == [generated(phi[1], asked)] * 3
+        # of the likeliest token alone
+        answers = server.answers([asked], n=3, temperature=1.0, top_k=1)
+        assert answers == [generated(phi[1], asked)] * 3
 
     def test_what_users_type_stays_text(self, server, phi):
         _, session = phi
@@ -392,14 +400,13 @@ class TestOneServer:
         ("prompt", "error"),
         [
             ({"prompt_token_ids": [IMAGE, 20, QUERY]}, "token ids do not tell"),
-            ({"prompt": "<image>Q:<question>what<learnable>A:"}, "image"),
+            ({"prompt": "<image>Q:<question>what<learnable>A:"}, "1 image placeholders, but 0 images"),
             ({"prompt": "<image>Q:<question><learnable>A:", "multi_modal_data": {"image": A}}, "question 1 is empty"),
-            ({"prompt": "Q:<question>" + "x" * 500 + "<learnable>A:"}, "tokens"),
             ({"prompt": "Q:<question>" + "x" * 250 + "<learnable>A:"}, "--max-num-batched-tokens"),
         ],
     )
     def test_a_prompt_that_cannot_be_answered_is_refused(self, prompt, error, server, phi):
-        with pytest.raises(ValueError, match=error):
+        with pytest.raises((ValueError, VLLMValidationError), match=error):
             server.llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
         asked = CASES["one image"]
         assert server.answers([asked]) == [generated(phi[1], asked)]

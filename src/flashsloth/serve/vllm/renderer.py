@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
 from vllm.utils.async_utils import make_async
@@ -14,13 +15,15 @@ from flashsloth import FlashSlothConfig
 from . import IMAGE
 from .prompts import EncodedPrompt, encoded_prompt, engine_input, longest_question
 
+logger = init_logger(f"vllm.{__name__}")
+
 ENCODED = "_flashsloth"
 # what a request may choose of the processor's options
 REQUEST_OPTIONS = ("visual_tokens",)
 # of a chat's template
 TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message")
-# said by vLLM itself
-VLLM_OPTIONS = ("chat_template", "return_dict", "tokenize")
+# said by vLLM itself, whatever the model
+VLLM_OPTIONS = ("chat_template", "return_dict", "tokenize", "cohere_format")
 
 
 class FlashSlothRenderer(HfRenderer):
@@ -49,14 +52,14 @@ class FlashSlothRenderer(HfRenderer):
     def _encode_chat(self, conversation: Any, data: Any, uuids: Any, params: Any) -> dict[str, Any]:
         template = params.chat_template or self._processor.chat_template
         arguments = {name: value for name, value in params.get_apply_chat_template_kwargs().items() if value}
+        if "tools" in arguments:
+            raise VLLMValidationError("FlashSloth has no tools; leave them out", parameter="tools")
         chosen: dict[str, Any] = {"chat_template": params.chat_template}
         for name, value in arguments.items():
-            if name in TEMPLATE_OPTIONS:
+            if name in TEMPLATE_OPTIONS or (name in template and name not in self._processor._call_options()):
                 chosen[name] = value
             elif name not in VLLM_OPTIONS:
-                if name not in template or name in self._processor._call_options():
-                    raise VLLMValidationError(f"FlashSloth's chat template has no {name}", parameter=name)
-                chosen[name] = value
+                logger.warning_once("the chat template has no %s; it is ignored", name)
         images = self._images(data, uuids)
         options = self._options(params.mm_processor_kwargs)
         with self._tokenizing:
@@ -96,6 +99,11 @@ class FlashSlothRenderer(HfRenderer):
 
     def _tokens_prompt(self, batch: Any, images: list[Any]) -> dict[str, Any]:
         encoded = encoded_prompt(batch, images, self._config)
+        if len(images) != len(encoded.image_positions):
+            raise VLLMValidationError(
+                f"the prompt has {len(encoded.image_positions)} image placeholders, but {len(images)} images were given",
+                parameter="messages",
+            )
         step = self.config.scheduler_config.max_num_batched_tokens
         needed = longest_question(encoded) + self._config.num_query_tokens
         if needed > step:
