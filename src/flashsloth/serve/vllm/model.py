@@ -158,7 +158,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
             for digest, features_ME in zip(missing, encoded_IME, strict=True):
                 known[digest] = features_ME.clone()
                 self._features.put(digest, known[digest])
-        return [known[digest] for digest in digests]  # type: ignore[misc]
+        return [known[digest] for digest in digests]
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None

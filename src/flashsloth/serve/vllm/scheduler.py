@@ -48,12 +48,12 @@ class _WholeQuestions(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._find_computed_blocks = self.kv_cache_manager.get_computed_blocks
-        self.kv_cache_manager.get_computed_blocks = self._whole_computed_blocks  # type: ignore[method-assign]
+        self.kv_cache_manager.get_computed_blocks = self._whole_computed_blocks
 
     def _whole_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         found = self._find_computed_blocks(request)
         while (length := cut_before(request, found[1])) < found[1]:
-            found = self._find_computed_blocks(_Beginning(request, length))  # type: ignore[arg-type]
+            found = self._find_computed_blocks(_Beginning(request, length))
         return found
 
     def _try_schedule_encoder_inputs(
