@@ -194,7 +194,7 @@ def bomb(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     squeezed = zlib.compressobj(9)
-    rows = b"".join(squeezed.compress(bytes(width * 3 + 1)) for _ in range(min(height, 100)))
+    rows = squeezed.compress(bytes(100_000))
     data = rows + squeezed.flush()
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 

@@ -15,6 +15,7 @@ from PIL import Image
 from flashsloth import FlashSlothProcessor
 from flashsloth.inference import load
 from flashsloth.inference.session import FlashSloth
+from flashsloth.inference.structured import AnswerForm, compile_form
 from flashsloth.serve.engine import Engine, EngineSettings
 from flashsloth.serve.prefill import TOKENS_OF_A_CALL
 from flashsloth.serve.requests import Finished, Overloaded, Piece, Request, Sampling
@@ -541,3 +542,37 @@ def test_the_packaged_model_is_answered_as_in_a_conversation(started):
     tickets = [engine.submit(request) for request in requests]
     assert [text_of(ticket) for ticket in tickets] == expected
     assert engine.statistics().embedded_query_prompts == len(requests)
+
+
+def test_the_confidence_of_an_answer_is_that_of_a_conversation(started):
+    """Several in one batch, each with a form of its own; the embedded query module runs once for each."""
+    session = load("nano")
+    image = noise_image(3, (90, 60))
+    forms = [{"choices": ["yes", "no", "maybe not"]}, {"choices": ["red", "blue"]}, {"regex": "[0-9]{1,3}"}, {}]
+    expected = [session.ask(image, "is it red?", max_new_tokens=12, confidence=True, **form) for form in forms]
+    config = session.model.generation_config
+    grammars = [compile_form(AnswerForm(**form), session.processor, config) if form else None for form in forms]
+    engine = started(session)
+    tickets = [
+        engine.submit(asked("is it red?", [image], max_tokens=12, grammar=grammar, confidence=True))
+        for grammar in grammars
+    ]
+    plain = engine.submit(asked("is it red?", [image], max_tokens=12))
+    hot = [
+        engine.submit(asked("is it red?", [image], grammar=grammars[0], confidence=True, temperature=2.0, seed=seed))
+        for seed in range(30)
+    ]
+    for ticket, answer in zip(tickets, expected, strict=True):
+        events = list(ticket)
+        assert "".join(event.text for event in events[:-1]) == answer.text
+        assert events[-1].confidence == pytest.approx(answer.confidence, abs=1e-5)
+    assert read(plain)[1].confidence is None
+    by_text = {}
+    for ticket in hot:
+        *pieces, end = ticket
+        by_text["".join(piece.text for piece in pieces)] = end.confidence
+    assert len(by_text) > 1 and sum(by_text.values()) <= 1 + 1e-5
+    assert by_text[expected[0].text] == pytest.approx(expected[0].confidence, abs=1e-5)
+    assert engine.statistics().embedded_query_prompts == len(forms) + 1 + len(hot)
+    cut = engine.submit(asked("is it red?", [image], max_tokens=1, grammar=grammars[0], confidence=True))
+    assert read(cut)[1].confidence is None or expected[0].new_tokens <= 2

@@ -242,6 +242,29 @@ def test_answers_have_the_form_that_is_asked_for(client: openai.OpenAI) -> None:
         ask(client, message, extra_body={"guided_regex": "("})
 
 
+def test_answers_say_how_probable_they_are(nano: FlashSloth) -> None:
+    """Whole and streamed, by the batching engine; the other one refuses."""
+    fields: dict[str, Any] = {"guided_choice": ["yes", "no"], "confidence": True}
+    asked = body(user("is there a circle?", sample("scene.jpg")), **fields)
+    engine = Engine(nano)
+    engine.start()
+    with client_of(engine, MakeGrammar(nano)) as http:
+        (choice,) = http.post(CHAT, json=asked).json()["choices"]
+        lines = http.post(CHAT, json={**asked, "stream": True}).text.split("\n\n")
+        (free,) = http.post(CHAT, json=body(user("what?", sample("scene.jpg")))).json()["choices"]
+    engine.stop()
+    expected = nano.ask(ASSETS / "samples" / "scene.jpg", "is there a circle?", choices=["yes", "no"], confidence=True)
+    assert (choice["message"]["content"], free["confidence"]) == (expected.text, None)
+    assert choice["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+    chunks = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line.startswith("data: {")]
+    assert [chunk.get("confidence") for chunk in chunks] == [None] * (len(chunks) - 1) + [choice["confidence"]]
+    simple = OneAtATime(nano)
+    simple.start()
+    with client_of(simple, MakeGrammar(nano)) as http:
+        assert "confidence" in error_of(http.post(CHAT, json=asked), 400)["message"]
+    simple.stop()
+
+
 def test_an_answer_that_is_cut_says_so(client: openai.OpenAI) -> None:
     message = user("what is on the receipt?", sample("sign.jpg"))
     found = ask(client, message, max_completion_tokens=1)

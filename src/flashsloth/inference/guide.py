@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -197,29 +198,53 @@ def score_choices(
     prompt = {**inputs, "attention_mask": mask_BT, "position_ids": positions_BT, "image_features": features}
     read = model(**prompt, use_cache=True, logits_to_keep=1)
     first_BV = read.logits[:, -1].float().log_softmax(dim=-1)
-    ends = torch.tensor(sorted(end_ids), device=ids_BT.device)
-    rows = len(ids_BT)
+    return score_continuations(model, read[CACHE_ARGUMENT], first_BV, mask_BT, positions_BT[:, -1:], choices, end_ids)
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: FlashSlothForConditionalGeneration,
+    read: Cache,
+    first_BV: Tensor,
+    mask_BT: Tensor,
+    positions_B1: Tensor,
+    choices: Sequence[Sequence[int]],
+    end_ids: frozenset[int],
+) -> Tensor:
+    """As `score_choices`, after prompts that were read.
+
+    Args:
+        model: in evaluation mode.
+        read: keys and values of the prompts, which this changes.
+        first_BV: logarithms of the probabilities of what follows them.
+        mask_BT: attention mask of the prompts.
+        positions_B1: of their last tokens.
+        choices: tokens of each.
+        end_ids: tokens that end a sequence.
+    """
+    ends = torch.tensor(sorted(end_ids), device=first_BV.device)
+    rows = len(first_BV)
     step = max(1, ROWS_AT_ONCE // rows)
     scores = []
     for start in range(0, len(choices), step):
         some = choices[start : start + step]
         longest = max(map(len, some))
-        padded_NL = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in some], device=ids_BT.device)
-        lengths_N = torch.tensor([len(ids) for ids in some], device=ids_BT.device)
-        cache = copy.deepcopy(read[CACHE_ARGUMENT]) if start + step < len(choices) else read[CACHE_ARGUMENT]
+        padded_NL = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in some], device=first_BV.device)
+        lengths_N = torch.tensor([len(ids) for ids in some], device=first_BV.device)
+        cache = copy.deepcopy(read) if start + step < len(choices) else read
         cache.batch_repeat_interleave(len(some))
         mask_RT = functional.pad(mask_BT.repeat_interleave(len(some), dim=0), (0, longest), value=1)
-        offsets_L = torch.arange(1, longest + 1, device=ids_BT.device)
+        offsets_L = torch.arange(1, longest + 1, device=first_BV.device)
         output = model(
             input_ids=padded_NL.repeat(rows, 1),
             attention_mask=mask_RT,
-            position_ids=positions_BT[:, -1:].repeat_interleave(len(some), dim=0) + offsets_L,
+            position_ids=positions_B1.repeat_interleave(len(some), dim=0) + offsets_L,
             use_cache=True,
             **{CACHE_ARGUMENT: cache},
         )
         log_BNLV = output.logits.float().log_softmax(dim=-1).unflatten(0, (rows, len(some)))
         inner_BNL = log_BNLV[:, :, :-1].gather(3, padded_NL[None, :, 1:, None].expand(rows, -1, -1, -1))[..., 0]
-        is_token_NL = torch.arange(1, longest, device=ids_BT.device) < lengths_N[:, None]
+        is_token_NL = torch.arange(1, longest, device=first_BV.device) < lengths_N[:, None]
         end_BNL = log_BNLV[..., ends].logsumexp(dim=-1)
         end_BN = end_BNL.gather(2, (lengths_N - 1)[None, :, None].expand(rows, -1, -1))[..., 0]
         scores.append(first_BV[:, padded_NL[:, 0]] + inner_BNL.masked_fill(~is_token_NL, 0).sum(dim=2) + end_BN)

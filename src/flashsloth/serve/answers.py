@@ -36,6 +36,8 @@ class Choice:
 
     def __init__(self, sampling: Sampling, rules: LogitsProcessorList, has_own_rules: bool, device: torch.device):
         self.rules, self.has_own_rules = rules, has_own_rules
+        self.notes_probability = sampling.confidence
+        self.log_probability = 0.0  # of the tokens chosen so far, where it is noted
         self.grammar = None if sampling.grammar is None else sampling.grammar.start()
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
@@ -53,7 +55,7 @@ class Choice:
     @property
     def is_plain(self) -> bool:
         """The likeliest token that the rules for every row leave."""
-        return self._generator is None and self.grammar is None and not self.has_own_rules
+        return not (self._generator or self.grammar or self.has_own_rules or self.notes_probability)
 
     def choose(self, logits_1V: Tensor, ids: Sequence[int]) -> int:
         """The next token.
@@ -70,9 +72,15 @@ class Choice:
             self.grammar.mask_logits(scores_1V)
             if not torch.isfinite(scores_1V).any():
                 raise ValueError("the grammar allows none of the tokens that the model may write here")
+        token = self._draw(ids_1T, scores_1V)
+        if self.notes_probability:
+            self.log_probability += float(scores_1V.log_softmax(dim=-1)[0, token])
+        return token
+
+    def _draw(self, ids_1T: Tensor, scores_1V: Tensor) -> int:
         if self._generator is None:
             return int(scores_1V.argmax(dim=-1))
-        probabilities_1V = self._warpers(ids_1T, scores_1V).softmax(dim=-1)
+        probabilities_1V = self._warpers(ids_1T, scores_1V.clone()).softmax(dim=-1)
         return int(torch.multinomial(probabilities_1V, 1, generator=self._generator))
 
 

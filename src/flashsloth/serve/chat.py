@@ -158,6 +158,7 @@ def make_requests(
         seed=chat.seed,
         stop=tuple(stop),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        confidence=bool(chat.confidence),
     )
     visual_tokens = None
     if images:

@@ -8,6 +8,7 @@ Shape suffixes: B rows, V vocabulary; 1 a single row.
 
 import collections
 import logging
+import math
 import threading
 import time
 import warnings
@@ -17,11 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..inference.guide import score_continuations
 from ..inference.runtime import refuse_after_fork
 from ..inference.session import FlashSloth
+from ..inference.structured import Grammar
 from ..model.backbones import CACHE_ARGUMENT
 from .answers import AnswerText, Choice, Choosing, TokenTexts
-from .batch import RunningCache, check_layers
+from .batch import RunningCache, check_layers, prompt_cache
 from .prefill import Prefill, PrefilledPrompts
 from .prompts import Preparation, Prompt, answer_key
 from .requests import Finished, FinishReason, Overloaded, Request, Usage
@@ -102,11 +105,13 @@ class _Row:
     choice: Choice
     text: AnswerText
     top_logprobs: int | None
+    form: Grammar | None
     submitted: float
     tokens: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     first_token: float | None = None
+    choices: dict[tuple[int, ...], float] | None = None  # their probabilities, where confidence is asked for
 
     @property
     def longest(self) -> int:
@@ -242,6 +247,7 @@ class Engine:
             choice=self._choosing.choice(sampling, prompt.tokens),
             text=AnswerText(self._texts, sampling.stop),
             top_logprobs=sampling.top_logprobs,
+            form=sampling.grammar,
             submitted=submitted,
             seconds=dict.fromkeys(STAGES, 0.0) | {"preprocess": prompt.seconds},
         )
@@ -345,7 +351,34 @@ class Engine:
             self._prompts += 1
             self._prompt_tokens += row.prompt.tokens
         self._cache.join(prefilled.cache, [row.prompt.tokens for row in rows])
+        for index, row in enumerate(rows):
+            if row.choice.notes_probability and row.form is not None and row.form.choices is not None:
+                self._weigh(first + index, row.form, prefilled.logits_BV[index : index + 1])
         self._accept(first, prefilled.logits_BV)
+
+    def _weigh(self, index: int, form: Grammar, logits_1V: Tensor) -> None:
+        """Note the probabilities of the choices of a row whose prompt was just read."""
+        row, choices = self._rows[index], form.choices or ()
+        tokens = row.prompt.tokens
+        mask_1T = torch.ones(1, tokens, dtype=torch.long, device=logits_1V.device)
+        scores_1N = score_continuations(
+            self.session.model,
+            prompt_cache(self._cache.row(index), tokens),
+            logits_1V.float().log_softmax(dim=-1),
+            mask_1T,
+            mask_1T[:, -1:] * (tokens - 1),
+            choices,
+            form.end_ids,
+        )
+        row.choices = dict(zip(choices, scores_1N.softmax(dim=1)[0].tolist(), strict=True))
+
+    def _confidence(self, row: _Row) -> float | None:
+        if not row.choice.notes_probability:
+            return None
+        if row.choices is None:
+            return math.exp(row.choice.log_probability)
+        ends = self._choosing.end_tokens
+        return row.choices.get(tuple(token for token in row.tokens if token not in ends))
 
     def _accept(self, first: int, logits_BV: Tensor) -> None:
         """One token for every row from `first` on; those that end with it leave."""
@@ -410,7 +443,7 @@ class Engine:
             seconds=row.seconds,
         )
         self._recent.append(now - row.submitted)
-        self._end(row, Finished(reason, usage))
+        self._end(row, Finished(reason, usage, self._confidence(row)))
 
     def _end(self, row: _Row, event: Finished | Exception) -> None:
         row.ticket.put(event)

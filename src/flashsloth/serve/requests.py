@@ -24,6 +24,7 @@ class Sampling:
         top_logprobs: log-probabilities of so many tokens beside the chosen one's; None gives none at all.
         grammar: form of the answer (`inference.structured.compile_form`), of which every answer starts its own state;
             None for free text.
+        confidence: say how probable the answer is (`Finished.confidence`).
     """
 
     max_tokens: int | None = None
@@ -33,6 +34,7 @@ class Sampling:
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
     grammar: Grammar | None = None
+    confidence: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,18 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer."""
+    """The end of an answer.
+
+    Attributes:
+        reason: why.
+        usage: what the answer took.
+        confidence: probability of the answer as `inference.guide.Guide.confidences` has it; None where it was not
+            asked for, or the answer is none of its choices because it was cut.
+    """
 
     reason: FinishReason
     usage: Usage
+    confidence: float | None = None
 
 
 Event = Piece | Finished

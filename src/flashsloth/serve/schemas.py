@@ -185,6 +185,7 @@ class ChatRequest(Strict):
     guided_regex: str | None = None
     guided_json: dict[str, Any] | str | None = None
     structured_outputs: StructuredOutputs | None = None
+    confidence: bool | None = Field(None, description="Say how probable the answer is; of choices, among them.")
     visual_tokens: int | None = Field(None, ge=1, description="Of every image; fewer are quicker, more show more.")
     frequency_penalty: NoPenalty = Field(None, description="Only 0.")
     presence_penalty: NoPenalty = Field(None, description="Only 0.")
@@ -217,6 +218,7 @@ class Choice(BaseModel):
     message: AnswerMessage
     logprobs: Logprobs | None
     finish_reason: Reason
+    confidence: float | None = Field(None, description="Probability of the answer, where it is asked for.")
 
 
 class PromptDetails(BaseModel):
@@ -254,6 +256,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: Logprobs | None
     finish_reason: Reason | None
+    confidence: float | None = Field(None, description="With the end of the answer, where it is asked for.")
 
 
 class ChatChunk(BaseModel):

@@ -76,6 +76,8 @@ class OneAtATime:
         return SimpleStatistics(self._waiting.qsize(), self._answered)
 
     def submit(self, request: Request, on_event: Callable[[], None] | None = None) -> SimpleTicket:
+        if request.sampling.confidence:
+            raise ValueError("confidence is given where answers are batched; leave it out, or use --engine batching")
         if self._waiting.qsize() >= self.most_waiting:
             raise Overloaded(RETRY_SECONDS)
         ticket = SimpleTicket(request, on_event)

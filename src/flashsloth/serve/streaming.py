@@ -69,6 +69,7 @@ class Reply:
                     message=AnswerMessage(role="assistant", content=text),
                     logprobs=self._logprobs(own),
                     finish_reason="length" if finished.reason == "length" else "stop",
+                    confidence=finished.confidence,
                 )
             )
         return ChatCompletion(
@@ -110,7 +111,10 @@ class Reply:
         """One event of an answer."""
         if isinstance(event, Finished):
             reason: str = "length" if event.reason == "length" else "stop"
-            return self._chunk(index, Delta(), None, reason, include_usage)
+            chunk = self._chunk(index, Delta(), None, reason, include_usage)
+            if event.confidence is not None:
+                chunk.choices[0].confidence = event.confidence
+            return chunk
         return self._chunk(index, Delta(content=event.text), self._logprobs([event]), None, include_usage)
 
     def last_chunk(self) -> ChatChunk:
