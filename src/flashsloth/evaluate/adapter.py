@@ -193,7 +193,7 @@ class FlashSlothAdapter(lmms):
         seconds = (time.perf_counter() - started) / len(rows)
         for record in records:
             line = lines[record.id]
-            tokens = len(record.images) * self.settings["visual_tokens"]
+            tokens = len(record.images) * (self.visual_tokens or self.session.config.num_image_tokens)
             yield line["error"] if "error" in line else Response(line["answer"], tokens, seconds)
 
     def _note(self, request: Instance, asked: _Asked, response: Response) -> str:

@@ -21,6 +21,7 @@ try:
     from lmms_eval.utils import load_yaml_config
     from loguru import logger as harness_log
     from tenacity import RetryError
+    from tqdm import tqdm
 except ImportError as error:
     from .harness_hint import HINT
 
@@ -33,9 +34,14 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 
 
 def quieten() -> None:
-    """Keep lmms-eval's own log for itself."""
+    """Keep lmms-eval's own log and bars for itself."""
     harness_log.disable("lmms_eval")
     harness_log.remove()
+
+    def without_bar(*args: Any, **options: Any) -> Any:
+        return tqdm(*args, **{**options, "disable": True})
+
+    evaluator.tqdm = without_bar
 
 
 def task_index(rows: Sequence[Benchmark]) -> TaskManager:

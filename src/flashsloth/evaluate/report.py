@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,11 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     names = list(next(iter(published.values())))
     columns = [Column("benchmark", lambda item: item[0])]
-    columns += [Column(name, lambda item, name=name: item[1].get(name), "g") for name in names]
+
+    def score_of(name: str) -> Callable[[tuple[str, dict[str, float]]], float | None]:
+        return lambda item: item[1].get(name)
+
+    columns += [Column(name, score_of(name), "g") for name in names]
     return str(Table.of("", columns, published.items()))
 
 

@@ -82,7 +82,7 @@ def run(
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; there is a bar for all tasks
 
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from transformers.utils import logging as transformers_logging
 
     from flashsloth.evaluate.benchmarks import chosen
@@ -117,7 +117,7 @@ def run(
     console = Console(stderr=True)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            shown_tasks: dict[str, int] = {}
+            shown_tasks: dict[str, TaskID] = {}
 
             def show(label: str, done: int, total: int) -> None:
                 if label not in shown_tasks:
