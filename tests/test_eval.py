@@ -258,7 +258,7 @@ def test_two_processes_give_the_same_answers(tmp_path):
         return [(each["id"], each["prediction"], each["score"]) for each in kept["samples"]]
 
     command = ["flashsloth_cli", "eval", "nano", "--tasks", "flashsloth_scenes", "--images", "24", "--device", "cpu"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", *command]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", *command]
     run_suite(EvalSettings("nano", "", chosen(None, ["flashsloth_scenes"]), own=OWN), tmp_path / "one")
     done = subprocess.run([*launch, "-o", str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
