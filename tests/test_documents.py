@@ -20,9 +20,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 # Pages whose blocks build on each other: one test runs them in order, in one folder.
 ORDERED = ("finetuning.md",)
 # What else may stand in a block: that of data.md is checked by test_data_documents.py, that of serving.md by
-# test_serve_http.py, text by nobody.
+# test_serve_http.py, that of edge.md by test_export.py, text by nobody.
 OTHER_BLOCKS = {
     "data.md": {"yaml", "json"},
+    "edge.md": {"bash"},
     "finetuning.md": {"yaml", "text"},
     "serving.md": {"bash"},
     "study.md": {"yaml"},

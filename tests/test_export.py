@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,6 +183,17 @@ def test_draws_follow_the_probabilities() -> None:
         Sampling.of(SETTINGS, {"num_beams": 2})
 
 
+def test_the_commands_of_the_page_are_those_of_the_program() -> None:
+    from flashsloth_edge.cli import build_parser
+
+    text = (Path(__file__).parents[1] / "docs" / "edge.md").read_text()
+    (block,) = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line) for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[0] == "flashsloth-edge"]
+    assert [build_parser().parse_args(words).model for words in commands] == ["nano-onnx"] * 4
+    assert lines[0] == ["pip", "install", "./edge"]
+
+
 # Exports of tiny models: half a minute each, so that one is shared by the tests of a session.
 
 
@@ -353,7 +366,7 @@ CASES = {
     "no queries": {"num_query_tokens": 0},
     "several numbers of visual tokens": {"compressor_windows": [2, 3]},
     "random": {"compressor": "random"},
-        "no question": {"embedded_query_uses_question": False},
+    "no question": {"embedded_query_uses_question": False},
     "average": {"compressor": "average"},
 }
 
