@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .manifest import Manifest
+from .manifest import Manifest, Sizes
 
 VISUAL_TOKENS = "visual_tokens_{}"
 FEATURES = "image_features"
@@ -84,12 +84,7 @@ class OnnxEngine:
         self._inputs = {port.name for port in manifest.decoder.inputs}
         self._past = [port.name for port in manifest.decoder.inputs if port.name.startswith("past_")]
         self._outputs = [port.name for port in manifest.decoder.outputs]
-        sizes = manifest.sizes
-        self.no_images = {
-            FEATURES: np.zeros((0, sizes.patches, sizes.feature_width), dtype=np.float32),
-            "visual_tokens": np.zeros((0, 1, sizes.text_width), dtype=np.float32),
-            "image_token_counts": np.zeros(0, dtype=np.int64),
-        }
+        self.no_images = no_images(manifest.sizes)
 
     def _open(self, file: Path, options: Any) -> Any:
         if not file.is_file():
@@ -130,6 +125,15 @@ class OnnxEngine:
         return OnnxCache([self._ort.OrtValue.ortvalue_from_numpy(array) for array in arrays], length)
 
 
+def no_images(sizes: Sizes) -> dict[str, np.ndarray]:
+    """Inputs of the decoder of a call without images."""
+    return {
+        FEATURES: np.zeros((0, sizes.patches, sizes.feature_width), dtype=np.float32),
+        "visual_tokens": np.zeros((0, 1, sizes.text_width), dtype=np.float32),
+        "image_token_counts": np.zeros(0, dtype=np.int64),
+    }
+
+
 def select_tokens(encoded: Mapping[str, np.ndarray], counts: list[int]) -> dict[str, np.ndarray]:
     """Inputs of the decoder that describe images, each with its own number of tokens and zeros behind them."""
     features_IPE = encoded[FEATURES]
@@ -153,4 +157,8 @@ def open_engine(folder: Path, manifest: Manifest, threads: int | None = None) ->
     """
     if manifest.format == "onnx":
         return OnnxEngine(folder, manifest, threads)
+    if manifest.format == "openvino":
+        from .openvino_engine import OpenVinoEngine
+
+        return OpenVinoEngine(folder, manifest, no_images(manifest.sizes), threads)
     raise ValueError(f"{folder} holds a model in the format {manifest.format!r}, which this release does not run")

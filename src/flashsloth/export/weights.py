@@ -17,6 +17,10 @@ from flashsloth_edge.engines import FEATURES
 
 WEIGHTS = ("float32", "float16", "int8", "int4")
 INT4_BLOCK = 32
+# Processors without VNNI add two products in 16 bits: of inputs up to 255, weights up to this cannot pass their end.
+# What passes is cut off there, without a word.
+LARGEST_INT8 = 64
+LARGEST_WIDENED_INT8 = 127
 SMALLEST_FLOAT16 = 256  # values; smaller tensors stay as they are
 MICROSOFT = "com.microsoft"
 # inputs of MatMulNBits are quantized to 8 bits, block by block
@@ -36,10 +40,12 @@ class Report:
     float16: int = 0
 
 
-def hold_weights(model: ir.Model, weights: str) -> Report:
+def hold_weights(model: ir.Model, weights: str, integer_products: bool = True) -> Report:
     """Rewrite a traced graph in place.
 
     Args:
+        integer_products: layers of 8 bits multiply integers; otherwise their weights are widened, for engines that
+            choose by themselves how to multiply them.
         weights: one of `WEIGHTS`. With int4, layers of the decoder have 4 bits, the encoder and the head 8: they
             compute more than they read, and lose more.
     """
@@ -49,7 +55,7 @@ def hold_weights(model: ir.Model, weights: str) -> Report:
         return report
     if weights in ("int8", "int4"):
         is_decoder = any(value.name == FEATURES for value in model.graph.inputs)
-        quantized: dict[str, ir.Value] = {}
+        quantized: dict[str, ir.Node] = {}
         for node in list(model.graph):
             weight = _weight_of(node)
             if weight is None or _is_kept(node):
@@ -58,7 +64,7 @@ def hold_weights(model: ir.Model, weights: str) -> Report:
                 _to_int4(model, node, weight)
                 report.int4 += 1
             else:
-                _to_int8(model, node, weight, quantized)
+                _to_int8(model, node, weight, quantized if integer_products else None)
                 report.int8 += 1
     report.float16 = _to_float16(model)
     _drop_unused(model)
@@ -135,13 +141,26 @@ def _replace(model: ir.Model, node: ir.Node, new: list[ir.Node]) -> None:
     model.graph.remove(node, safe=True)
 
 
-def _to_int8(model: ir.Model, node: ir.Node, weight: ir.Value, quantized: dict[str, ir.Value]) -> None:
-    """Weights of 8 bits with a scale for each output; inputs are quantized when they come, a scale for all of them."""
+def _to_int8(model: ir.Model, node: ir.Node, weight: ir.Value, quantized: dict[str, ir.Node] | None) -> None:
+    """Weights of 8 bits with a scale for each output; inputs are quantized when they come, a scale for all of them.
+
+    Args:
+        quantized: inputs that are quantized already, by name; None to widen the weights instead.
+    """
     matrix_RO = weight.const_value.numpy()
-    scale_O = np.maximum(np.abs(matrix_RO).max(axis=0), np.finfo(np.float32).tiny * 127) / 127
+    largest = np.float32(LARGEST_WIDENED_INT8 if quantized is None else LARGEST_INT8)
+    scale_O = np.maximum(np.abs(matrix_RO).max(axis=0), np.finfo(np.float32).tiny * largest) / largest
     values_RO = np.rint(matrix_RO / scale_O).astype(np.int8)
     source, name = node.inputs[0], weight.name
     assert source is not None, "a product has two factors"
+    if quantized is None:
+        held = [_register(model, f"{name}_int8", values_RO), _register(model, f"{name}_scale", scale_O)]
+        widen = ir.node("DequantizeLinear", held, {"axis": 1}, name=f"{node.name}_{name}_widen")
+        widen.outputs[0].name = f"{node.name}_{name}_widened"
+        product = ir.node("MatMul", [source, widen.outputs[0]], name=f"{node.name}_{name}_product")
+        product.outputs[0].name = product.name
+        _replace(model, node, [widen, product])
+        return
     new: list[ir.Node] = []
     if source.name not in quantized:
         quantize = ir.node("DynamicQuantizeLinear", [source], num_outputs=3, name=f"{source.name}_quantize")
@@ -152,7 +171,7 @@ def _to_int8(model: ir.Model, node: ir.Node, weight: ir.Value, quantized: dict[s
     values, scale, zero = quantized[source.name].outputs
     product = ir.node("MatMulInteger", [values, _register(model, f"{name}_int8", values_RO), zero])
     cast = ir.node("Cast", product.outputs, {"to": ir.DataType.FLOAT})
-    scales = ir.node("Mul", [scale, _register(model, f"{name}_scale", scale_O.astype(np.float32))])
+    scales = ir.node("Mul", [scale, _register(model, f"{name}_scale", scale_O)])
     scaled = ir.node("Mul", [cast.outputs[0], scales.outputs[0]])
     for part, suffix in ((product, "product"), (cast, "float"), (scales, "scales"), (scaled, "scaled")):
         part.name = part.outputs[0].name = f"{node.name}_{name}_{suffix}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,11 @@ from ..model.processing_flashsloth import FlashSlothProcessor
 from .check import check_export
 from .prompt_layout import prompt_layout, save_tokenizer
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "openvino")
 WEIGHTS = ("float32", "float16", "int8", "int4")
 # a file of protocol buffers ends at 2 GB; weights beyond this stand in a file beside the graph
 MOST_BYTES_INSIDE = 1_500_000_000
-LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-VISION_FILE, DECODER_FILE = "vision.onnx", "decoder.onnx"
+LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 Step = Callable[[str], None]
 
@@ -72,7 +72,7 @@ def export_folder(
         raise ValueError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}; known are {', '.join(WEIGHTS)}")
-    import_exporter()
+    import_exporter(format)
     tell = on_step or (lambda _: None)
     source = hub.resolve(name)
     check_destination(source, destination, overwrite)
@@ -84,7 +84,7 @@ def export_folder(
     written: list[Manifest] = []
 
     def write(folder: Path) -> None:
-        written.append(write_export(model, processor, folder, weights, os.fspath(name), tell))
+        written.append(write_export(model, processor, folder, format, weights, os.fspath(name), tell))
 
     write_folder(destination, overwrite, write, 2 * size_of(source))
     return written[0]
@@ -94,6 +94,7 @@ def write_export(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
     folder: Path,
+    format: str,
     weights: str,
     source: str,
     tell: Step = lambda _: None,
@@ -103,13 +104,13 @@ def write_export(
 
     save_tokenizer(processor, folder / TOKENIZER_NAME)
     graphs = []
-    for file, trace in ((VISION_FILE, trace_vision), (DECODER_FILE, trace_decoder)):
-        tell(f"tracing {Path(file).stem}")
+    for name, trace in (("vision", trace_vision), ("decoder", trace_decoder)):
+        tell(f"tracing {name}")
         program, _ = trace(model)
-        tell(f"writing {file}, weights {weights}")
-        graphs.append(save_graph(program.model, folder / file, weights))
+        tell(f"writing {name}, weights {weights}")
+        graphs.append(save_graph(program.model, folder, name, format, weights))
         del program
-    manifest = describe(model, processor, graphs[0], graphs[1], weights, source)
+    manifest = describe(model, processor, graphs[0], graphs[1], format, weights, source)
     write_json(folder / MANIFEST_NAME, manifest.to_dict())
     tell("comparing answers with the model")
     found = check_export(FlashSloth(model, processor), folder, exact=weights == "float32")
@@ -118,23 +119,26 @@ def write_export(
     return manifest
 
 
-def save_graph(model: Any, file: Path, weights: str) -> Graph:
+def save_graph(model: Any, folder: Path, name: str, format: str, weights: str) -> Graph:
     """Hold the weights of a traced graph as asked, write it, and describe its inputs and outputs."""
     import onnx_ir as ir
 
     from .graphs import CACHE_NAMES, DYNAMIC_NAMES
     from .weights import hold_weights
 
-    hold_weights(model, weights)
+    hold_weights(model, weights, integer_products=format == "onnx")
     for node in model.graph:  # how the module was written; as large as small weights
         node.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
     num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    file = folder / f"{name}.onnx"
     if num_bytes > MOST_BYTES_INSIDE:
         ir.save(model, file, external_data=f"{file.name}.data")
     else:
         ir.save(model, file)
+    if format == "openvino":
+        file = _convert(file)
 
     def port(value: Any, names: dict[int, str]) -> Port:
         sizes = enumerate(value.shape)
@@ -146,11 +150,23 @@ def save_graph(model: Any, file: Path, weights: str) -> Graph:
     return Graph(file.name, inputs, outputs)
 
 
+def _convert(file: Path) -> Path:
+    """OpenVINO's files instead of a graph of ONNX."""
+    import openvino
+
+    converted = file.with_suffix(".xml")
+    openvino.save_model(openvino.convert_model(file), converted, compress_to_fp16=False)
+    for path in (file, file.with_name(f"{file.name}.data")):
+        path.unlink(missing_ok=True)
+    return converted
+
+
 def describe(
     model: FlashSlothForConditionalGeneration,
     processor: FlashSlothProcessor,
     vision: Graph,
     decoder: Graph,
+    format: str,
     weights: str,
     source: str,
 ) -> Manifest:
@@ -162,10 +178,12 @@ def describe(
     import flashsloth
 
     versions = {"flashsloth": flashsloth.__version__}
-    versions |= {library: importlib.metadata.version(library) for library in LIBRARIES}
+    for library in LIBRARIES:
+        if importlib.util.find_spec(library) is not None:
+            versions[library] = importlib.metadata.version(library)
     return Manifest(
         format_version=FORMAT_VERSION,
-        format="onnx",
+        format=format,
         weights=weights,
         source=source,
         versions=versions,
@@ -216,7 +234,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def import_exporter() -> None:
+def import_exporter(format: str) -> None:
     """Raises:
     ImportError: what an export needs is not installed.
     """
@@ -228,3 +246,8 @@ def import_exporter() -> None:
         raise ImportError(
             "an export needs onnx, onnxscript and onnxruntime; pip install 'flashsloth[export]'"
         ) from error
+    if format == "openvino":
+        try:
+            import openvino  # noqa: F401
+        except ImportError as error:
+            raise ImportError("this format needs openvino; pip install 'flashsloth[openvino]'") from error

@@ -16,7 +16,7 @@ def export(
         str, typer.Argument(metavar="MODEL", help="Packaged model, folder, adapter or hub id.", show_default=False)
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.", show_default=False)],
-    format: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx.")] = "onnx",
+    format: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx or openvino.")] = "onnx",
     weights: Annotated[
         str,
         typer.Option(
@@ -38,6 +38,7 @@ def export(
 
       flashsloth export nano nano-onnx
       flashsloth export nano nano-int8 --weights int8
+      flashsloth export nano nano-openvino --format openvino --weights int4
       flashsloth ask photo.jpg "What is in the picture?" --model nano-onnx
     """
     from transformers.utils import logging
