@@ -147,7 +147,7 @@ class TestServer:
             ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a"}}]}, 422),
             ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, 422),
             ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}, 422),
-            ({"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,x"}}]}, 422),
+            ({"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,x"}}]}, 400),
         ],
     )
     def test_what_cannot_be_answered_is_refused_and_the_next_is_answered(self, message, status, client):

@@ -1,5 +1,6 @@
 """Starts vLLM's OpenAI server, with this project's gate before it and its reader of images inside it."""
 
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from .media import CONNECTOR, read_images_within
 # answered without a key, as those of the built-in server
 ALIVE, READY = "/health", "/ready"  # vLLM listens only when it is ready
 PUBLIC = (ALIVE, "/ping", "/version", "/metrics", "/docs", "/openapi.json")
+# the grammar library of the built-in server; tiny models would fill JSON with white space
+FORMS = {"backend": "guidance", "disable_any_whitespace": True}
 _settings: list[Settings] = []
 _on_start: list[Callable[[], None]] = []
 
@@ -74,12 +77,14 @@ def server_arguments(folder: Path, settings: Settings, dtype: str, compiled: boo
         ValueError: options that vLLM does not know.
     """
     parser = make_arg_parser(_Parser(prog="--vllm-options", add_help=False))
-    given = [str(option) for option in options]
-    args = parser.parse_args(["--model", str(folder), "--dtype", dtype, *given])
+    # before what is given, which may say otherwise
+    ours = ["--model", str(folder), "--dtype", dtype, "--structured-outputs-config", json.dumps(FORMS)]
+    args = parser.parse_args([*ours, *options])
     args.served_model_name = [settings.model_name]
     args.enforce_eager = not compiled
     args.middleware = [f"{VllmGate.__module__}.{VllmGate.__qualname__}"]
     args.limit_mm_per_prompt = {**(args.limit_mm_per_prompt or {}), IMAGE: settings.max_images}
+    args.enable_prompt_tokens_details = True
     args.shutdown_timeout = int(settings.drain_seconds)
     if settings.visual_tokens is not None:
         args.mm_processor_kwargs = {"visual_tokens": settings.visual_tokens}
