@@ -26,7 +26,7 @@ from flashsloth.serve.forms import MakeGrammar
 from running_server import CHAT, connected, data_url, running, wait_for
 from tiny_session import noise_image
 
-SECONDS = 60.0  # that no answer takes, on any machine
+SECONDS = 120.0  # that no answer takes, on any machine
 URL = data_url(noise_image())
 QUESTION = "how many circles are there?"
 DEEP = 100_000
@@ -76,7 +76,7 @@ def served() -> Iterator[Served]:
     session = load("nano", device="cpu")
     engine = Engine(session, EngineSettings(max_batch_tokens=2048))
     engine.start()
-    limits = {"request_seconds": 20.0, "max_body_bytes": 4 << 20, "max_pixels": 1_000_000, "fetch_seconds": 2.0}
+    limits = {"request_seconds": SECONDS / 2, "max_body_bytes": 4 << 20, "max_pixels": 1_000_000, "fetch_seconds": 2.0}
     with running(engine, MakeGrammar(session), **limits) as address:
         yield Served(address, engine)
     engine.stop()
@@ -227,13 +227,16 @@ def test_bodies(served: Served, content: bytes, status: int) -> None:
         ({"messages": [{"role": "user", "content": "<image><learnable>" * 20}]}, {200, 400}),
         ({"messages": [{"role": "user", "content": "a"}] * 2_000}, {400}),
         ({"stop": ["x" * 100_000] * 16}, {200, 400}),
-        ({"guided_regex": "(a{1000}){1000}{1000}"}, {400, 503}),
+        ({"guided_regex": "(a{1000}){1000}{1000}"}, {200, 400}),
+        ({"guided_regex": "a" * 100_000}, {400}),
+        ({"guided_json": {"enum": ["a" * 100_000]}}, {400}),
         ({"guided_regex": "(.*)*" * 500}, {200, 400, 503}),
         ({"guided_regex": "("}, {400}),
-        ({"guided_choice": [str(number) for number in range(20_000)]}, {200, 400, 503}),
+        ({"guided_choice": [str(number) for number in range(20_000)]}, {400}),
         ({"guided_json": {"$ref": "#"}}, {200, 400}),
         ({"guided_json": {"$ref": "http://127.0.0.1/a"}}, {400}),
         ({"guided_json": "[" * DEEP}, {400}),
+        ({"guided_json": json.loads('{"a":' * 400 + "1" + "}" * 400)}, {200, 400}),
         ({"guided_json": {"type": "array", "minItems": 10**9}}, {200, 400, 503}),
         ({"max_tokens": 2**62}, {200, 400}),
         ({"n": 2**40}, {400}),
@@ -274,9 +277,9 @@ def test_images(served: Served, url: str) -> None:
     served.is_well()
 
 
-@pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 1), (900, 900)])
+@pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 1), (1_001, 1_000)])
 def test_bombs(served: Served, size: tuple[int, int]) -> None:
-    """Too many pixels, too long a side, and fewer rows than its header says."""
+    """Too many pixels in few bytes, and what is no image, or half of one."""
     response = served.post(bomb(*size), "/v1/images", "image/png")
     assert response.status_code == 422
     for data in (b"", b"GIF89a", (ASSETS / "samples" / "scene.jpg").read_bytes()[:900], bytes(100_000)):
@@ -291,6 +294,7 @@ def test_clients_that_hang_up_in_mid_stream(served: Served) -> None:
     for index in range(24):
         sent = long if index % 3 else long[: chance.randrange(len(long))]
         with connected(served.address, sent, length=len(long)) as connection:
+            connection.settimeout(SECONDS)
             if index % 3 == 2:
                 assert connection.recv(100)
     served.is_well()

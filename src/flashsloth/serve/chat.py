@@ -9,7 +9,7 @@ from PIL import Image
 
 from .errors import BAD_REQUEST, NOT_FOUND, UNPROCESSABLE, ApiError
 from .requests import Request, Sampling
-from .schemas import ChatRequest, ImagePart
+from .schemas import MOST_FORM_CHARACTERS, ChatRequest, ImagePart
 from .settings import Settings
 
 # From a kind ("choice", "regex", "json_object", "json_schema") and its value (list of texts, text, None, schema) to a
@@ -133,10 +133,10 @@ def read_grammar(chat: ChatRequest, make_grammar: MakeGrammar | None) -> Any:
     if (wanted := constraint(chat)) is None:
         return None
     field, kind, value = wanted
-    if make_grammar is None:
-        message = f"{field} needs a library that this server lacks: pip install 'flashsloth[structured]'"
-        raise ApiError(BAD_REQUEST, message, field)
     try:
+        size = len(value) if isinstance(value, str) else len(json.dumps(value))
+        if size > MOST_FORM_CHARACTERS:
+            raise ValueError(f"it has {size:,} characters; a form has at most {MOST_FORM_CHARACTERS:,}")
         return make_grammar(kind, value)
     except (ValueError, RecursionError) as error:
         raise ApiError(BAD_REQUEST, f"{field}: {error}", field) from error

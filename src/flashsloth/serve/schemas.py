@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 MOST_TOP_LOGPROBS = 20
 MOST_STOPS = 16
+MOST_CHOICES = 1024  # each is spelled in tokens before the answer begins
+MOST_FORM_CHARACTERS = 1 << 16  # of a regular expression, or of a schema as JSON
 LEAST_LOGPROB = -9999.0  # stands for zero probability, which JSON cannot hold
 
 # Tags of alternatives stand in the places of errors; brackets tell them from names of fields.
@@ -128,7 +130,7 @@ ResponseFormat = Annotated[
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
     _by("type", ("text", "json_object", "json_schema")),
 ]
-Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)]
 
 
 class StructuredOutputs(Strict):
