@@ -69,7 +69,7 @@ def test_answers_are_those_of_ask(batch_size, scenes, session):
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, DEFAULT_CHAT_TEMPLATE], ids=["short", "published"])
-def test_answers_are_those_of_ask_with_a_tiny_model(template, tmp_path):
+def test_answers_are_those_of_ask_with_a_tiny_model(template, tmp_path, caplog):
     """Random weights answer with long nonsense, of which every token must be the same; a text without image too."""
     session = load(tiny_folder(tmp_path / "tiny"))
     session.processor.chat_template = template
@@ -98,6 +98,12 @@ def test_answers_are_those_of_ask_with_a_tiny_model(template, tmp_path):
         images, text = read_messages(messages(doc))
         asked.append(session.ask(images, text, max_new_tokens=12).text.split("\n")[0])
     assert given == asked and len(set(given)) > 4
+    for _ in range(2):
+        adapter._limits({"do_sample": True, "max_new_tokens": 300}, "tiny")
+    assert [record.message for record in caplog.records] == [
+        "tiny asks for do_sample=True; answers are greedy",
+        "tiny asks for 300 new tokens; answers end after 128, half of the model's context",
+    ]
 
 
 def test_images_stand_before_the_text():

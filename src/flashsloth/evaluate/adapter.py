@@ -122,6 +122,7 @@ class FlashSlothAdapter(lmms):
         self.cache = ResponseCache(None if cache is None else Path(cache), self.settings, self._rank)
         self.failures: dict[str, dict[Any, str]] = {}
         self.responses: dict[str, dict[Any, Response]] = {}
+        self._warned: set[str] = set()
         self.seconds = 0.0  # with reading, preparing and answering; the rest of a run is the harness's
 
     @property
@@ -229,13 +230,23 @@ class FlashSlothAdapter(lmms):
                 return list(other)
         raise ValueError("all records of the task show the same image; there is none to shuffle in")
 
+    def _warn(self, text: str) -> None:
+        """Once, however many requests say the same."""
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
+
     def _limits(self, options: dict[str, Any], task: str) -> tuple[int, tuple[str, ...]]:
         for name, harmless in GREEDY.items():
             if options.get(name) not in harmless:
-                logger.warning("%s asks for %s=%r; answers are greedy", task, name, options[name])
+                self._warn(f"{task} asks for {name}={options[name]!r}; answers are greedy")
         stops = options.get("until") or ()
         wanted = int(options.get("max_new_tokens") or self.max_new_tokens)
         longest = self.session.config.text_config.max_position_embeddings // 2
+        if wanted > longest:
+            self._warn(
+                f"{task} asks for {wanted} new tokens; answers end after {longest}, half of the model's context"
+            )
         return min(wanted, longest), (stops,) if isinstance(stops, str) else tuple(stops)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
