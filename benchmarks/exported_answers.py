@@ -2,8 +2,8 @@
 
     python benchmarks/exported_answers.py nano nano-float32 nano-int8 --questions 500 --json answers.json
 
-The folders were written by `flashsloth export nano ...`. One question of every image is asked, by itself. A folder whose
-exact match is more than a point below PyTorch's is marked.
+The folders were written by `flashsloth export nano ...`. One question of every image is asked, by itself. A folder
+whose exact match is more than a point below PyTorch's is marked.
 """
 
 import argparse
@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-import flashsloth_edge
 from common import machine
 
+import flashsloth_edge
 from flashsloth.inference import load
 from flashsloth.synthetic import SyntheticDataset, exact_match
 

@@ -84,7 +84,7 @@ class OnnxEngine:
         self._inputs = {port.name for port in manifest.decoder.inputs}
         self._past = [port.name for port in manifest.decoder.inputs if port.name.startswith("past_")]
         self._outputs = [port.name for port in manifest.decoder.outputs]
-        self.no_images = no_images(manifest.sizes)
+        self.no_images: Mapping[str, np.ndarray] = no_images(manifest.sizes)
 
     def _open(self, file: Path, options: Any) -> Any:
         if not file.is_file():

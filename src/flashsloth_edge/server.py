@@ -72,7 +72,8 @@ def _content(message: dict[str, Any]) -> tuple[str, list[str]]:
     if isinstance(content, str):
         return content, []
     texts, images = [], []
-    for part in content if isinstance(content, list) else [None]:
+    parts: list[Any] = content if isinstance(content, list) else [None]
+    for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])

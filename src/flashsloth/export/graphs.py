@@ -159,7 +159,8 @@ def _decoder_example(model: FlashSlothForConditionalGeneration) -> dict[str, Any
 
 def _export(module: nn.Module, example: dict[str, Any], outputs: list[str]) -> Any:
     dynamic = torch.export.Dim.DYNAMIC
-    names, shapes = [], {}
+    names: list[str] = []
+    shapes: dict[str, Any] = {}
     for name, value in example.items():
         if isinstance(value, list):
             names += [f"{name}_{index}" for index in range(len(value))]

@@ -172,7 +172,7 @@ def describe(
 ) -> Manifest:
     """The manifest of a model, before it is checked."""
     config, images, own = model.config, processor.image_processor, model.generation_config
-    cache = [[port.shape[1], port.shape[3]] for port in decoder.inputs if port.name.startswith("past_")]
+    cache = [[int(port.shape[1]), int(port.shape[3])] for port in decoder.inputs if port.name.startswith("past_")]
     eos = own.eos_token_id
     pad = own.pad_token_id if own.pad_token_id is not None else processor.tokenizer.pad_token_id
     import flashsloth
