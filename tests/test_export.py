@@ -122,7 +122,7 @@ def run_graph(model: ir.Model, ids: np.ndarray) -> np.ndarray:
         ("float32", "layers.0.fc", "MatMul", 1e-5),
         ("float16", "layers.0.fc", "MatMul", 2e-3),
         ("int8", "layers.0.fc", "MatMulInteger", 6e-2),
-        ("int4", "layers.0.fc", "MatMulNBits", 2.5e-1),
+        ("int4", "layers.0.fc", "MatMulNBits", 6e-1),
         ("int4", "lm_head", "MatMulInteger", 6e-2),
         ("int4", "embedded_query.down", "MatMul", 2e-3),
     ],
@@ -387,3 +387,22 @@ def test_every_family_is_exported(case: str, tmp_path: Path) -> None:
         mixed = list(manifest.sizes.visual_token_choices)
         expected = theirs.ask(images, "what is it?", max_new_tokens=6, visual_tokens=mixed)
         assert ours.ask(images, "what is it?", max_new_tokens=6, visual_tokens=mixed).text == expected.text
+
+
+def test_exported_folders_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flashsloth_cli.main import main
+
+    (tmp_path / MANIFEST_NAME).write_text('{"format_version": 0}')
+    asked = ["ask", "a.jpg", "what?", "--model", str(tmp_path)]
+    for arguments, complaint in (
+        (asked, "export the model again"),
+        ([*asked, "--runtime", "torch"], "torch cannot run it"),
+        ([*asked, "--runtime", "tflite"], "no runtime 'tflite'"),
+        ([*asked, "--choices", "a,b"], "--choices: exported models answer freely"),
+        (["serve", str(tmp_path)], "flashsloth-edge serve"),
+        (["run", "questions.jsonl", "-o", "out.jsonl", "--model", str(tmp_path)], "flashsloth-edge run"),
+        (["export", "nano", str(tmp_path / "x"), "--weights", "int2"], "unknown weights 'int2'"),
+        (["export", "nano", str(tmp_path / "x"), "--format", "gguf"], "unknown format 'gguf'"),
+    ):
+        assert main(arguments) == 2
+        assert complaint in capsys.readouterr().err

@@ -53,6 +53,18 @@ def folder_to_run(model: str, runtime: str, settings: TorchSettings) -> Path | N
     return folder
 
 
+def refuse(model: str, command: str) -> None:
+    """Raises:
+    ValueError: an exported folder, for a command that runs models of torch.
+    """
+    from flashsloth_edge.manifest import MANIFEST_NAME
+
+    if (Path(model) / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"{model} was exported; use `flashsloth-edge {command}`, see `flashsloth-edge {command} --help`"
+        )
+
+
 def load(folder: Path) -> Any:
     """The exported model, ready to be asked."""
     import flashsloth_edge

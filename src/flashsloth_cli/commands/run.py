@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flashsloth_cli import options
+from flashsloth_cli import exported, options
 
 
 def run(
@@ -76,6 +76,7 @@ def run(
 
     from flashsloth.offline import RunSettings, read_records, run_records
 
+    exported.refuse(model, "run")
     console = Console(stderr=True)
     transformers_logging.disable_progress_bar()
     records = read_records(data, question)

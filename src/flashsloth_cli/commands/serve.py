@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashsloth_cli import messages, options
+from flashsloth_cli import exported, messages, options
 from flashsloth_cli.listening import listen
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def serve(
       flashsloth serve --image-root /data/photos --max-images 2
       flashsloth serve runs/mine --engine vllm --compile --vllm-options "--tensor-parallel-size 2 --max-model-len 4096"
     """
+    exported.refuse(model, "serve")
     if engine not in ENGINES:
         raise ValueError(f"there is no engine {engine!r}; choose from {', '.join(ENGINES)}")
     if vllm_options is not None and engine != "vllm":
