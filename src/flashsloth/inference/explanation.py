@@ -215,7 +215,7 @@ class Explanation:
             if per is not None and self.maps.image_HQIVRC is not None:
                 count = self.maps.image_HQIVRC.shape[PARTS.index(per) ^ 1]
                 parts = [
-                    (f"{per} {part}", lay_over(small, self.over_image("embq", number, **{per: part})))
+                    (f"{per} {part}", lay_over(small, self.over_image("embq", number, None, **{per: part})))
                     for part in range(count)
                 ]
                 width = len(shown)

@@ -176,8 +176,7 @@ class FlashSloth(Runtime):
         if not question.strip():
             raise ValueError("the question is empty")
         if answer is None:
-            own = {"system": system, "visual_tokens": visual_tokens}
-            answer = self.ask(images, question, **own, **options).text
+            answer = self.ask(images, question, system=system, visual_tokens=visual_tokens, **options).text
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:

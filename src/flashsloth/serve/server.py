@@ -31,8 +31,9 @@ class _Server(uvicorn.Server):
             self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        for stop in self.at_stop if self._loop is not None else ():
-            self._loop.call_soon_threadsafe(stop)  # type: ignore[union-attr]
+        if self._loop is not None:
+            for stop in self.at_stop:
+                self._loop.call_soon_threadsafe(stop)
         super().handle_exit(sig, frame)
 
 

@@ -259,8 +259,8 @@ def _draw_pie(canvas: _Canvas, chart: Chart, rng: random.Random) -> None:
         corners = [(x, y), *((x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in edge)]
         canvas.keep(*(Box(*corner, *corner) for corner in corners))
         start = end
-    for box in title:
-        canvas.keep(box)
+    for heading in title:
+        canvas.keep(heading)
 
 
 DRAWERS = {
