@@ -1,8 +1,8 @@
 """Images of requests, read within the limits of the server's settings."""
 
+import asyncio
 from typing import Any
 
-import anyio.to_thread
 from PIL import Image
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -25,7 +25,7 @@ class FlashSlothMediaConnector(MediaConnector):
     """Images as the built-in server reads them: no private addresses, no paths beyond the root, limits on size."""
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
-        return anyio.from_thread.run(self.fetch_image_async, image_url)
+        return asyncio.run(self.fetch_image_async(image_url))
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         try:

@@ -172,6 +172,7 @@ class FlashSlothForVllm(nn.Module, SupportsMultiModal):
             for embeds in multimodal_embeddings:
                 if isinstance(embeds, TurnEmbeddings) and embeds.turn.features:
                     assert len(embeds) == self.config.num_query_tokens, "the scheduler has cut a turn's queries"
+                    assert places[first] >= len(embeds.turn.is_question_T), "the scheduler has cut a question"
                     self._turns.append((places[first], embeds.turn))
                 first += len(embeds)
             multimodal_embeddings = [embeds.as_subclass(Tensor) for embeds in multimodal_embeddings]
