@@ -160,5 +160,5 @@ def open_engine(folder: Path, manifest: Manifest, threads: int | None = None) ->
     if manifest.format == "openvino":
         from .openvino_engine import OpenVinoEngine
 
-        return OpenVinoEngine(folder, manifest, no_images(manifest.sizes), threads)
+        return OpenVinoEngine(folder, manifest, no_images(manifest.sizes), num_threads(threads))
     raise ValueError(f"{folder} holds a model in the format {manifest.format!r}, which this release does not run")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from .engines import num_threads
 from .manifest import Graph, Manifest
 
 
@@ -38,14 +37,14 @@ class OpenVinoEngine:
         folder: Path,
         manifest: Manifest,
         no_images: Mapping[str, np.ndarray],
-        threads: int | None = None,
+        threads: int,
     ) -> None:
         try:
             import openvino
         except ImportError as error:
             raise ImportError("this model needs openvino; pip install openvino") from error
         self.manifest, self.no_images = manifest, no_images
-        settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": num_threads(threads), "PERFORMANCE_HINT": "LATENCY"}
+        settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         if manifest.weights == "float32":
             settings |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
         core = openvino.Core()

@@ -133,6 +133,9 @@ def read_grammar(chat: ChatRequest, make_grammar: MakeGrammar | None) -> Any:
     if (wanted := constraint(chat)) is None:
         return None
     field, kind, value = wanted
+    if make_grammar is None:
+        message = f"{field} needs a library that this server lacks: pip install 'flashsloth[structured]'"
+        raise ApiError(BAD_REQUEST, message, field)
     try:
         size = len(value) if isinstance(value, str) else len(json.dumps(value))
         if size > MOST_FORM_CHARACTERS:
