@@ -1,6 +1,8 @@
 """The check of maps: what it masks, what it counts, and that a map which tells the truth is found to."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +224,14 @@ def test_command_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
     assert main([*command, "--count", "8"]) == 130
     assert "goes on after" in capsys.readouterr().err
     plot(found, names[2])
+
+
+def test_the_page_shows_what_the_report_holds():
+    path = Path(__file__).parents[1] / "scripts" / "explain_tables.py"
+    spec = importlib.util.spec_from_file_location("explain_tables", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = script.BETWEEN.search(script.PAGE.read_text())
+    assert found and found[0] == script.tables(json.loads(script.REPORT.read_text())), (
+        "run python scripts/explain_tables.py"
+    )
