@@ -101,7 +101,7 @@ class FlashSlothRenderer(HfRenderer):
         encoded = encoded_prompt(batch, images, self._config)
         if len(images) != len(encoded.image_positions):
             raise VLLMValidationError(
-                f"the prompt has {len(encoded.image_positions)} image placeholders, but {len(images)} images",
+                f"the prompt has {len(encoded.image_positions)} image placeholders, but {len(images)} images came",
                 parameter="messages",
             )
         step = self.config.scheduler_config.max_num_batched_tokens
