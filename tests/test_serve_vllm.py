@@ -46,7 +46,7 @@ from tiny_session import TEMPLATE, character_tokenizer, noise_image
 
 A, B, C = (noise_image(seed) for seed in range(3))
 HEAD_SIZE = 32  # the smallest that vLLM's attention has on a CPU
-FETCHED, EMBEDDED, REPETITION, SHARPNESS = 60.0, 0.2, 10.0, 5.0
+FETCHED, EMBEDDED, REPETITION = 60.0, 0.2, 10.0
 BLOCKS = (32, 64)  # vLLM's attention on a CPU takes multiples of 32
 MODELS: dict[str, dict[str, Any]] = {
     **{decoder: {"decoder": decoder} for decoder in DECODERS if decoder != "smollm3"},
@@ -129,9 +129,6 @@ def make_session(folder: Path, decoder: str, **overrides: Any) -> FlashSloth:
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.12)
         model.model.embedded_query.up_projection.weight.mul_(FETCHED)
-        for attention in (model.model.embedded_query.text_attention, model.model.embedded_query.image_attention):
-            attention.query.weight.mul_(SHARPNESS)  # what is fetched depends on the question
-            attention.key.weight.mul_(SHARPNESS)
         model.get_input_embeddings().weight.mul_(EMBEDDED)
     tokenizer = character_tokenizer()
     model.generation_config.eos_token_id = None
