@@ -15,7 +15,8 @@ from flashsloth.inference.explanation import Word, words_of
 from flashsloth.inference.heat import lay_over
 from flashsloth.inference.maps import brightest_place, join_windows, spread, spread_windows
 from flashsloth.model.compressors import COMPRESSORS, split_windows
-from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor, _resize_padded
+from flashsloth.model.image_processing_flashsloth import FlashSlothImageProcessor
+from flashsloth.model.image_views import _resize_padded
 from flashsloth_cli.main import main
 from tiny_models import DECODERS, build_rows, tiny_model
 from tiny_session import TEMPLATE, character_tokenizer, noise_image, tiny_folder
