@@ -28,6 +28,7 @@ OTHER_BLOCKS = {
     "serving.md": {"bash"},
     "study.md": {"yaml"},
     "training.md": {"bash"},
+    "vllm.md": {"bash"},
 }
 BLOCK = re.compile(r"^```([a-z]*)( norun)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -101,7 +102,7 @@ def test_commands(words, norun, samples, capsys):
     elif program == "python" and norun:
         assert (ROOT / rest[0]).is_file()
         known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / rest[0]).read_text()))
-        assert {word for word in rest if word.startswith("--")} <= known
+        assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
     elif program == "flashsloth" and norun:
         command = LazyCommand(rest[0], *COMMANDS[rest[0]]).load()
         below = getattr(command, "commands", {})  # `eval MODEL` is `eval run MODEL`
@@ -161,8 +162,9 @@ def test_the_study_is_valid(tmp_path):
 
 
 def test_shell_scripts_can_be_parsed():
-    for text, _ in blocks(ROOT / "docs" / "training.md", "bash"):
-        subprocess.run(["bash", "-n", "-c", text], check=True)
+    for path in DOCUMENTS:
+        for text, _ in blocks(path, "bash"):
+            subprocess.run(["bash", "-n", "-c", text], check=True)
 
 
 def test_pages_say_first_what_they_are_for():
