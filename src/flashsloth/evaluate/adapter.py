@@ -54,7 +54,10 @@ class FlashSlothAdapter(lmms):
 
     Args:
         pretrained: packaged model, folder or hub id.
-        device, dtype, quantization, kernels: as in `flashsloth.inference.load`; "none" is none.
+        device: as in `flashsloth.inference.load`, as the next three; "none" is none.
+        dtype: see there.
+        quantization: see there.
+        kernels: see there.
         batch_size: requests asked at once; neighbours in length share a batch.
         visual_tokens: of every image; default the model's own.
         max_new_tokens: longest answer of tasks that say nothing.

@@ -41,7 +41,8 @@ def compare(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, An
     """Two runs of one task over the same samples.
 
     Args:
-        first, second: samples with `id`, `question`, `gold` and `score`, 0 to 1.
+        first: samples with `id`, `question`, `gold` and `score`, 0 to 1.
+        second: samples of the same task.
 
     Raises:
         ValueError: no sample in common, or one id with two questions or golds: the sets differ.

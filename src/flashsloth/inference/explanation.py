@@ -101,7 +101,8 @@ class Explanation:
 
         Args:
             layer: "embq", "sap" or "decoder".
-            query, head: of EmbQ, one instead of the mean of all. Of the decoder's attention they are not known.
+            query: of EmbQ, one instead of the mean of all.
+            head: of EmbQ, as `query`.
             word: of EmbQ, a word of the question: its queries weigh as much as they attended to it. Of the decoder,
                 a word of the answer.
 

@@ -165,8 +165,11 @@ class FlashSloth(Runtime):
         weights whose attention can be read.
 
         Args:
-            images, question, system, visual_tokens: as in `ask`; at least one image.
+            images: as in `ask`; at least one.
+            question: as in `ask`.
             answer: explain this answer instead of the model's own.
+            system: of the conversation.
+            visual_tokens: of the images.
             options: further ones of `ask`.
 
         Raises:
