@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("lmms_eval", reason="evaluating needs lmms-eval: pip install --no-deps lmms-eval")
 
 import datasets
+from PIL import ImageFile
 
 from benchmark_records import ALL
 from flashsloth.evaluate.adapter import FlashSlothAdapter, read_messages
@@ -104,6 +105,11 @@ def test_answers_are_those_of_ask_with_a_tiny_model(template, tmp_path, caplog):
         "tiny asks for do_sample=True; answers are greedy",
         "tiny asks for 300 new tokens; answers end after 128, half of the model's context",
     ]
+
+
+def test_damaged_images_are_not_filled_in():
+    """lmms-eval tells Pillow to do so when it is imported, for the whole process."""
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_images_stand_before_the_text():

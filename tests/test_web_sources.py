@@ -2,14 +2,14 @@
 
 import json
 
-import httpx
 import pytest
 
-from flashsloth.inference import load
-from flashsloth.serve.requests import Finished, Piece, Usage
-from flashsloth.web.sources import Cost, InProcess, Remote, Turn
-from flashsloth_cli.main import main
-from tiny_session import noise_image, tiny_folder
+httpx = pytest.importorskip("httpx")
+from flashsloth.inference import load  # noqa: E402
+from flashsloth.serve.requests import Finished, Piece, Usage  # noqa: E402
+from flashsloth.web.sources import Cost, InProcess, Remote, Turn  # noqa: E402
+from flashsloth_cli.main import main  # noqa: E402
+from tiny_session import noise_image, tiny_folder  # noqa: E402
 
 TURNS = [Turn("what?", "red"), Turn("and now?")]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageFile
 
 from ..checkpoints.fingerprint import fingerprint
 from ..inference import FlashSloth, load
@@ -28,6 +29,9 @@ except ImportError as error:
     from .harness_hint import HINT
 
     raise ImportError(HINT) from error
+
+# lmms-eval lets Pillow fill in what is missing of damaged images, for the whole process
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageFile
+
 from .benchmarks import BENCHMARKS, Benchmark
 from .manifest import MODEL_NAME
 
@@ -26,6 +28,9 @@ except ImportError as error:
     from .harness_hint import HINT
 
     raise ImportError(HINT) from error
+
+# lmms-eval lets Pillow fill in what is missing of damaged images, for the whole process
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 SEED = 0
 FOR_SUBMISSION = "submission"  # metrics that only write files for a server
