@@ -20,10 +20,10 @@ from playwright.sync_api import Page, sync_playwright
 from flashsloth.hub import ASSETS
 from flashsloth.inference import load
 from flashsloth.serve.engine import Engine
-from flashsloth.serve.server import listen
 from flashsloth.serve.settings import Settings
 from flashsloth.web.page import mount_page
 from flashsloth.web.sources import InProcess
+from flashsloth_cli.listening import listen
 
 QUESTIONS = ("what shape is the red object?", "what shape is the blue object?", "how many objects are there?")
 # when the text of a new answer is in the document, in milliseconds after the button was pressed
