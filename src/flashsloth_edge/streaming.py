@@ -67,6 +67,7 @@ class AnswerStream:
             while not self._ended and (piece := self._pieces.get()) is not None:
                 self._read.append(piece)
                 yield piece
+            self._pieces.put(None)  # for another reader
         finally:
             # left early, the model must not go on in the background
             self._ended = True
