@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -406,3 +407,22 @@ def test_exported_folders_at_the_command_line(tmp_path: Path, capsys: pytest.Cap
     ):
         assert main(arguments) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_two_readers_of_a_stream_both_come_to_its_end():
+    from flashsloth_edge.streaming import AnswerStream
+
+    start = threading.Event()
+
+    def ask(on_text, stopped):
+        start.wait()
+        on_text("red")
+
+    stream = AnswerStream(ask)
+    readers = [threading.Thread(target=lambda: list(stream), daemon=True) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    start.set()
+    for reader in readers:
+        reader.join(timeout=10)
+    assert not any(reader.is_alive() for reader in readers)
